@@ -1,0 +1,143 @@
+"""What the model is, as frozen dataclasses. The defaults are the paper's ViT-B/16 (METHOD: ICML 2023, table 5 and the
+published configuration files)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """Pixels in, patches out. `mean` and `std` are per channel, for pixels scaled to [0, 1]."""
+
+    size: int = 224
+    patch: int = 16
+    channels: int = 3
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    @property
+    def grid(self) -> int:
+        return self.size // self.patch
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    """Block masks. `prob` is the share of hidden positions, `adjust` makes up for blocks that overlap, `length` is a
+    block's edge. With `inverse` the blocks are what stays visible. `noise_std`: the decoder's filling."""
+
+    prob: float = 0.8
+    adjust: float = 0.07
+    length: int = 3
+    inverse: bool = True
+    noise_std: float = 0.01
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Grouped convolutions over the full length, then a projection to the encoder's width."""
+
+    width: int = 768
+    groups: int = 16
+    kernel: int = 3
+    layers: int = 6
+    residual: bool = True
+
+
+@dataclass(frozen=True)
+class TargetConfig:
+    """How the outputs of the teacher's last `top_k_layers` blocks become one regression target."""
+
+    top_k_layers: int = 10
+    instance_norm_layer: bool = True
+    layer_norm_layer: bool = False
+    layer_norm: bool = True
+    instance_norm: bool = False
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """`scale` multiplies every squared difference (None: 1/sqrt(width)); `beta` > 0 chooses smooth-L1.
+
+    `cls` weighs the class-token term. In the reference that term is *summed* over the rows of one rank's micro-batch, so
+    that its weight grows with a number that should not matter; `cls_rows` is that number of rows (images x masks) in the
+    published run, and our mean over the global batch's rows is multiplied by it.
+    """
+
+    scale: float | None = None
+    beta: float = 0.0
+    cls: float = 0.01
+    cls_rows: int = 256
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    modality: str = "image"
+    width: int = 768
+    heads: int = 12
+    prenet_depth: int = 2
+    depth: int = 10
+    mlp_ratio: float = 4.0
+    norm_eps: float = 1e-6
+    extra_tokens: int = 1
+    num_masks: int = 16
+    image: ImageConfig = field(default_factory=ImageConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    targets: TargetConfig = field(default_factory=TargetConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+
+    @property
+    def grid_shape(self) -> tuple[int, ...]:
+        """Positions along each axis of the input that masks and the decoder's convolutions see."""
+        return (self.image.grid, self.image.grid)
+
+    @property
+    def positions(self) -> int:
+        """T, the number of positions of one sample."""
+        return math.prod(self.grid_shape)
+
+    @property
+    def loss_scale(self) -> float:
+        return self.width**-0.5 if self.loss.scale is None else self.loss.scale
+
+
+def problems(config: ModelConfig) -> list[str]:
+    """Every reason why this model cannot be built, one sentence each; empty if it can."""
+    found = []
+
+    def need(ok: bool, sentence: str) -> None:
+        if not ok:
+            found.append(sentence)
+
+    image, mask, decoder = config.image, config.mask, config.decoder
+    need(config.modality in MODALITIES, f"model.modality={config.modality!r}: know {', '.join(MODALITIES)}")
+    for name in ("width", "heads", "depth", "num_masks"):
+        need(getattr(config, name) >= 1, f"model.{name}={getattr(config, name)} must be at least 1")
+    need(
+        config.heads < 1 or config.width % config.heads == 0,
+        f"model.width={config.width} does not divide by model.heads={config.heads}",
+    )
+    need(config.width % 4 == 0, f"model.width={config.width} must divide by 4 for 2-D sin-cos positions")
+    need(
+        image.patch >= 1 and image.size % max(image.patch, 1) == 0,
+        f"model.image.size={image.size} does not divide by model.image.patch={image.patch}",
+    )
+    need(
+        len(image.mean) == len(image.std) == image.channels,
+        f"model.image.mean and std need {image.channels} values each, one a channel",
+    )
+    need(0 < mask.prob < 1, f"model.mask.prob={mask.prob} must lie between 0 and 1")
+    for name, width in (("model.decoder.width", decoder.width), ("model.width", config.width)):
+        need(width % decoder.groups == 0, f"{name}={width} does not divide by model.decoder.groups={decoder.groups}")
+    need(decoder.kernel % 2 == 1, f"model.decoder.kernel={decoder.kernel} must be odd")
+    need(
+        1 <= config.targets.top_k_layers <= config.depth,
+        f"model.targets.top_k_layers={config.targets.top_k_layers} must be 1 to model.depth={config.depth}",
+    )
+    need(config.loss.cls == 0 or config.extra_tokens > 0, "model.loss.cls > 0 needs model.extra_tokens >= 1")
+    return found
+
+
+MODALITIES = ("image",)

@@ -1,0 +1,51 @@
+"""Images: what turns pixels into local features, and the fixed positions of the patches."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from models.config import ModelConfig
+from models.masks import gather_rows
+
+
+class ImageFrontEnd(nn.Module):
+    """Patch embedding: one convolution whose kernel and stride are the patch, then fixed 2-D sin-cos positions.
+
+    A front end answers two questions, and a new modality is a new class that answers them:
+    `features(inputs)` -> (B, T, D), once per sample; `keep(features, ids_keep)` -> (N, K, D), what the encoder sees.
+    """
+
+    positions: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        image = config.image
+        self.proj = nn.Conv2d(image.channels, config.width, kernel_size=image.patch, stride=image.patch)
+        nn.init.xavier_uniform_(self.proj.weight.view(config.width, -1))
+        # Not buffers: an engine that casts the module to bf16 would round the mean 123.675 to 123.5.
+        self.mean = 255 * torch.tensor(image.mean).view(-1, 1, 1)
+        self.std = 255 * torch.tensor(image.std).view(-1, 1, 1)
+        self.register_buffer("positions", sincos_positions(config.width, image.grid), persistent=False)
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, T, D). uint8 pixels are normalised here, floats are taken as they are."""
+        if pixels.dtype == torch.uint8:
+            self.mean, self.std = self.mean.to(pixels.device), self.std.to(pixels.device)  # moves once
+            pixels = (pixels - self.mean) / self.std
+        return self.proj(pixels.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
+
+    def keep(self, features: Tensor, ids_keep: Tensor | None) -> Tensor:
+        """(B, T, D) and (B*M, K) -> (B*M, K, D) with positions added; all T positions without ids."""
+        features = features + self.positions
+        return features if ids_keep is None else gather_rows(features, ids_keep)
+
+
+def sincos_positions(width: int, grid: int) -> Tensor:
+    """(grid*grid, width) fixed 2-D sin-cos positions of MAE (He et al. 2021): x in the first half, y in the second."""
+    omega = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+    angle = torch.arange(grid, dtype=torch.float64)[:, None] * omega
+    axis = torch.cat([angle.sin(), angle.cos()], dim=1)
+    x = axis[None, :, :].expand(grid, grid, -1)
+    y = axis[:, None, :].expand(grid, grid, -1)
+    return torch.cat([x, y], dim=2).reshape(grid * grid, width).float()

@@ -1,0 +1,104 @@
+"""Drawing masks (NumPy, in the loader), and moving rows of positions in and out (torch, on the device).
+
+A mask is a pure function of (seed, epoch, sample, mask number): random numbers come from a counter-based generator keyed
+by those four, so that neither workers, ranks nor restarts can change it, and all rows of a batch are drawn at once.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from models.config import MaskConfig
+
+U64 = NDArray[np.uint64]
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+class Masks(NamedTuple):
+    """Row b*M + m is mask m of sample b; both index arrays ascend within a row."""
+
+    ids_keep: Tensor  # (B*M, K) int64, positions the student sees
+    ids_mask: Tensor  # (B*M, T-K) int64, positions it has to predict
+
+
+def hash_u64(x: U64) -> U64:
+    """The finaliser of SplitMix64 (Steele, Lea & Flood 2014): a bijection that mixes all 64 bits."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def row_keys(seed: int, epochs: NDArray, samples: NDArray, num_masks: int) -> U64:
+    """(B*M,) one 64-bit key a row, from seed, epoch (B,), sample (B,) and mask number."""
+    key = hash_u64(np.full(1, seed, np.uint64) + _GOLDEN)
+    for part in (np.asarray(epochs), np.asarray(samples)):
+        key = hash_u64(key + _GOLDEN * (part.astype(np.uint64) + np.uint64(1)))
+    number = np.arange(1, num_masks + 1, dtype=np.uint64)
+    return hash_u64(key[:, None] + _GOLDEN * number).reshape(-1)
+
+
+def random_words(keys: U64, count: int) -> U64:
+    """(R, count) independent uniform 64-bit words, SplitMix64 streams started at the row keys."""
+    return hash_u64(keys[:, None] + _GOLDEN * np.arange(1, count + 1, dtype=np.uint64))
+
+
+def masked_count(config: MaskConfig, positions: int) -> int:
+    """How many of `positions` every row hides. The float floor is the reference's: 0.8 of 196 keeps 39, not 40."""
+    if config.inverse:
+        return positions - int(positions * (1 - config.prob))
+    return int(positions * config.prob)
+
+
+def draw_block_masks(config: MaskConfig, keys: U64, shape: tuple[int, ...]) -> Masks:
+    """Block masks for R rows over a grid of one or two axes (METHOD 3).
+
+    Block centres are drawn with replacement, blocks are clamped at the border, and single random positions are then
+    added or removed until the count is exact. That last step needs no loop: with one random priority a position, the
+    wanted set is the `count` highest of (in a block, priority).
+    """
+    positions = math.prod(shape)
+    chosen = positions - masked_count(config, positions) if config.inverse else masked_count(config, positions)
+    share = 1 - config.prob if config.inverse else config.prob
+    blocks = int(positions * (share + config.adjust) / config.length ** len(shape))
+    words = random_words(keys, blocks + positions)
+
+    centre = ((words[:, :blocks] >> np.uint64(32)) * np.uint64(positions) >> np.uint64(32)).astype(np.int64)
+    offset = np.arange(config.length) - config.length // 2
+    cells = np.zeros((len(keys), blocks, 1), np.int64)
+    for axis, size in zip(np.unravel_index(centre, shape), shape, strict=True):
+        line = np.clip(axis[..., None] + offset, 0, size - 1)
+        cells = (cells[..., :, None] * size + line[..., None, :]).reshape(len(keys), blocks, -1)
+
+    priority = words[:, blocks:] >> np.uint64(1)
+    rows = np.arange(len(keys))[:, None, None]
+    priority[rows, cells] |= np.uint64(1 << 63)
+    threshold = np.partition(priority, positions - chosen, axis=1)[:, positions - chosen]
+    picked = priority >= threshold[:, None]
+    visible = picked if config.inverse else ~picked
+    return Masks(_ids(visible), _ids(~visible))
+
+
+def _ids(chosen: NDArray[np.bool_]) -> Tensor:
+    """(R, T) with equal counts a row -> (R, count) ascending positions."""
+    return torch.from_numpy(np.nonzero(chosen)[1].reshape(len(chosen), -1))
+
+
+def gather_rows(x: Tensor, ids: Tensor) -> Tensor:
+    """(B, T, D) and ids (B*M, K) -> (B*M, K, D): row b*M+m takes its positions from sample b, never copying x M times."""
+    b, _, d = x.shape
+    flat = ids.reshape(b, -1)
+    return x.gather(1, flat[..., None].expand(-1, -1, d)).view(*ids.shape, d)
+
+
+def scatter_rows(kept: Tensor, ids_keep: Tensor, length: int, noise_std: float) -> Tensor:
+    """(N, K, D) put back at their places among `length`; Gaussian noise everywhere else. -> (N, T, D)."""
+    n, _, d = kept.shape
+    full = kept.new_empty(n, length, d)
+    full = full.normal_(std=noise_std) if noise_std else full.zero_()
+    return full.scatter_(1, ids_keep[..., None].expand(-1, -1, d), kept)

@@ -1,0 +1,1 @@
+"""Pre-training under DeepSpeed: everything that has time and machines in it."""

@@ -1,0 +1,287 @@
+"""The run's configuration: frozen dataclasses < YAML (differences only, one level of `base:`) < `a.b=c` overrides."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+
+from models.config import ModelConfig, problems
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run, in one line: what is wrong, where, what would be right."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """`path`: class folders, a folder of images at any depth, tar shards or idx files; or `fetch:NAME` for a data set
+    that `pretrain.data.fetch` knows. Crop area and aspect ratio are drawn from the two ranges."""
+
+    path: str = ""
+    split: str = "train"
+    workers: int = 4
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+    max_pixels: int = 178_956_970
+    max_failed_share: float = 0.01
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Adam with decoupled decay, eps added before bias correction; `clip_norm` 0 switches clipping off.
+
+    `exempt_1d` spares 1-D parameters and biases the weight decay, as the paper means and its program does not do.
+    """
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.05
+    exempt_1d: bool = True
+    clip_norm: float = 4.0
+    warmup_steps: int = 50_040
+
+
+@dataclass(frozen=True)
+class EmaConfig:
+    """The teacher's decay goes linearly from `start` to `end` over `anneal_steps` updates and stays there."""
+
+    start: float = 0.9998
+    end: float = 0.99999
+    anneal_steps: int = 100_000
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """`batch_size` is global, whatever the ranks. `micro_batch` is a rank's share of one forward pass (None: all of its
+    share); accumulation follows. `precision`: fp32, bf16 or fp16. `deepspeed`: a JSON of mechanics."""
+
+    steps: int = 375_300
+    batch_size: int = 256
+    micro_batch: int | None = None
+    seed: int = 1
+    precision: str = "bf16"
+    deepspeed: str = "ds_configs/zero1.json"
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where the run lives and how often it speaks. `keep_last` newest checkpoints stay, and each `keep_every`-th step
+    (0: none)."""
+
+    dir: str = ""
+    log_every: int = 20
+    save_every: int = 1000
+    keep_last: int = 2
+    keep_every: int = 0
+
+
+@dataclass(frozen=True)
+class WatchConfig:
+    """Collapse: after `after_steps` the run stops if a deviation falls under its minimum (METHOD 1.10)."""
+
+    after_steps: int = 5000
+    min_target_deviation: float = 0.0
+    min_prediction_deviation: float = 0.0
+
+
+@dataclass(frozen=True)
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How the global batch falls on the ranks: batch_size = ranks x micro_batch x accumulation."""
+
+    ranks: int
+    micro_batch: int
+    accumulation: int
+
+
+def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
+    """The config of a YAML file with `a.b=c` overrides.
+
+    Raises ConfigError, always one line, for a missing file, bad YAML, an unknown key (naming the nearest), a value of
+    the wrong type, or numbers that do not fit together.
+    """
+    path = Path(path)
+    tree = _read_yaml(path)
+    if base := tree.pop("base", None):
+        parent = _read_yaml(path.parent / base)
+        if "base" in parent:
+            raise ConfigError(f"{path}: its base {base} has a base of its own; one level is allowed")
+        tree = _merge(parent, tree)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ConfigError(f"{override!r} is no override; write section.key=value, e.g. train.steps=1000")
+        try:
+            value: Any = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        tree = _merge(tree, value)
+    config = _build(Config, tree, "", str(path))
+    if not config.run.dir:
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=f"runs/{path.stem}"))
+    check(config)
+    return config
+
+
+def check(config: Config) -> None:
+    """Raises ConfigError naming every setting that cannot work."""
+    found = problems(config.model)
+    optim, train, data, run = config.optim, config.train, config.data, config.run
+    rules = [
+        (optim.lr > 0, f"optim.lr={optim.lr} must be positive"),
+        (all(0 <= b < 1 for b in optim.betas), f"optim.betas={optim.betas} must lie in [0, 1)"),
+        (optim.clip_norm >= 0, f"optim.clip_norm={optim.clip_norm} must be 0 (off) or positive"),
+        (0 <= config.ema.start <= 1 and 0 <= config.ema.end <= 1, "ema.start and ema.end must lie in [0, 1]"),
+        (train.precision in PRECISIONS, f"train.precision={train.precision!r}: know {', '.join(PRECISIONS)}"),
+        (train.steps >= 1 and train.batch_size >= 1, "train.steps and train.batch_size must be at least 1"),
+        (0 <= train.seed < 2**63, f"train.seed={train.seed} must lie in [0, 2^63)"),
+        (train.micro_batch is None or train.micro_batch >= 1, "train.micro_batch must be at least 1, or null"),
+        (run.log_every >= 1 and run.save_every >= 1, "run.log_every and run.save_every must be at least 1"),
+        (run.keep_last >= 1, f"run.keep_last={run.keep_last} must be at least 1"),
+        (data.workers >= 0, f"data.workers={data.workers} must be 0 or more"),
+        (0 < data.crop_scale[0] <= data.crop_scale[1] <= 1, f"data.crop_scale={data.crop_scale}: 0 < low <= high <= 1"),
+        (0 < data.crop_ratio[0] <= data.crop_ratio[1], f"data.crop_ratio={data.crop_ratio}: 0 < low <= high"),
+        (0 <= data.flip <= 1, f"data.flip={data.flip} must lie in [0, 1]"),
+    ]
+    found += [sentence for ok, sentence in rules if not ok]
+    if found:
+        raise ConfigError("; ".join(found))
+
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+def batch_plan(train: TrainConfig, ranks: int) -> BatchPlan:
+    """Splits the global batch over the ranks; raises ConfigError, naming what would divide, if it does not."""
+    if train.batch_size % ranks:
+        fits = [r for r in range(1, train.batch_size + 1) if train.batch_size % r == 0]
+        near = sorted(sorted(fits, key=lambda r: abs(r - ranks))[:4])
+        raise ConfigError(
+            f"train.batch_size={train.batch_size} does not divide over {ranks} ranks; "
+            f"{', '.join(map(str, near))} ranks would, or a batch of {max(1, round(train.batch_size / ranks)) * ranks}"
+        )
+    share = train.batch_size // ranks
+    micro = train.micro_batch or share
+    if share % micro:
+        sizes = [str(m) for m in range(1, share + 1) if share % m == 0]
+        raise ConfigError(
+            f"train.micro_batch={micro} does not divide a rank's share of {share} samples "
+            f"({train.batch_size} over {ranks} ranks); these do: {', '.join(sizes)}"
+        )
+    return BatchPlan(ranks, micro, share // micro)
+
+
+def to_yaml(config: Config) -> str:
+    """The whole resolved config; `load` reads it back to an equal one."""
+    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, width=110)
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """{"optim.lr": 0.001, ...}"""
+    out: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        nested = dataclasses.is_dataclass(value)
+        out |= flat(value, f"{prefix}{f.name}.") if nested else {prefix + f.name: value}
+    return out
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except OSError as error:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise ConfigError(f"cannot read config {path}: {error.strerror}{hint}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if tree is not None and not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds a {type(tree).__name__}; a config is a mapping of sections")
+    return tree or {}
+
+
+def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
+    out = dict(low)
+    for key, value in high.items():
+        old = out.get(key)
+        out[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return out
+
+
+def _build(cls: type, tree: Any, prefix: str, source: str) -> Any:
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{source}: {prefix.rstrip('.')} is a section with keys, not {tree!r}")
+    hints = get_type_hints(cls)
+    for key in tree:
+        if key not in hints:
+            everywhere = [*flat(Config()), *hints]
+            near = difflib.get_close_matches(prefix + str(key), everywhere, 1, 0.5)
+            near = near or [k for k in everywhere if k.rsplit(".", 1)[-1] == key][:1]
+            hint = f"; did you mean {near[0]}?" if near else f"; know {', '.join(hints)}"
+            raise ConfigError(f"{source}: unknown key {prefix}{key}{hint}")
+    values = {key: _convert(hints[key], value, prefix + key, source) for key, value in tree.items()}
+    return cls(**values)
+
+
+def _convert(kind: Any, value: Any, key: str, source: str) -> Any:
+    """`value` as the annotated type; YAML reads 1e-3 as text, so numbers are parsed from it too."""
+
+    def bad(expected: str) -> ConfigError:
+        return ConfigError(f"{source}: {key}={value!r} should be {expected}")
+
+    if dataclasses.is_dataclass(kind):
+        return _build(typing.cast(type, kind), value, key + ".", source)
+    if get_origin(kind) in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        return _convert(next(a for a in get_args(kind) if a is not type(None)), value, key, source)
+    if get_origin(kind) is tuple:
+        item, *rest = get_args(kind)
+        if not isinstance(value, list | tuple) or (rest != [...] and len(value) != 1 + len(rest)):
+            raise bad("a list" if rest == [...] else f"a list of {1 + len(rest)} values")
+        return tuple(_convert(item, v, f"{key}[{i}]", source) for i, v in enumerate(value))
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise bad("true or false")
+        return value
+    if kind is str:
+        if value is None or isinstance(value, dict | list):
+            raise bad("a text")
+        return str(value)
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        number = float(value)
+        if kind is int and number != int(number):
+            raise ValueError
+        return int(number) if kind is int else number
+    except (TypeError, ValueError, OverflowError):
+        raise bad("a whole number" if kind is int else "a number") from None

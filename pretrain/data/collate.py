@@ -1,0 +1,45 @@
+"""Samples of one micro-batch -> `Batch`: inputs stacked, M masks a sample drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.config import ModelConfig
+from models.data2vec import Batch
+from models.masks import draw_block_masks, row_keys
+
+
+class Sample(Protocol):
+    """What every modality's data set yields."""
+
+    @property
+    def inputs(self) -> Tensor: ...
+
+    @property
+    def epoch(self) -> int: ...
+
+    @property
+    def index(self) -> int: ...
+
+    @property
+    def failures(self) -> tuple[str, ...]: ...
+
+
+class Collate:
+    """Runs in the loader's workers. Masks depend on (seed, epoch, sample, mask number) and on nothing else."""
+
+    def __init__(self, model: ModelConfig, seed: int) -> None:
+        self.model, self.seed = model, seed
+
+    def __call__(self, samples: Sequence[Sample]) -> Batch:
+        epochs = np.array([s.epoch for s in samples])
+        indices = np.array([s.index for s in samples])
+        keys = row_keys(self.seed, epochs, indices, self.model.num_masks)
+        masks = draw_block_masks(self.model.mask, keys, self.model.grid_shape)
+        failures = tuple(failure for s in samples for failure in s.failures)
+        return Batch(torch.stack([s.inputs for s in samples]), masks.ids_keep, masks.ids_mask, failures)

@@ -1,0 +1,115 @@
+"""The one place that calls `deepspeed.initialize`, and one optimizer step whatever the ZeRO stage and precision."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import deepspeed
+import torch
+
+from models.data2vec import Data2Vec
+from pretrain.config import BatchPlan, Config, ConfigError
+from pretrain.optim import build_optimizer
+
+# One owner a number: these live in the YAML, so a DeepSpeed JSON that sets them is refused.
+OWNED_BY_YAML = {
+    "train_batch_size": "train.batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch",
+    "gradient_accumulation_steps": "train.batch_size and train.micro_batch",
+    "gradient_clipping": "optim.clip_norm",
+    "optimizer": "optim",
+    "scheduler": "optim",
+    "fp16": "train.precision",
+    "bf16": "train.precision",
+    "torch_autocast": "train.precision",
+}
+STAGES = (0, 1, 2)
+
+
+class StepResult(NamedTuple):
+    applied: bool  # False: the gradient was not finite and nothing moved
+    grad_norm: float  # global, before clipping
+
+
+def read_mechanics(path: str) -> dict[str, Any]:
+    """A DeepSpeed JSON, from the working directory or else beside the package; ConfigError if it cannot be used."""
+    file = Path(path)
+    if not file.exists():
+        file = Path(__file__).parent.parent / path
+    try:
+        mechanics = json.loads(file.read_text())
+    except OSError as error:
+        raise ConfigError(
+            f"train.deepspeed={path}: {error.strerror}; ds_configs/ has zero0.json to zero2.json"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}") from None
+    for key, owner in OWNED_BY_YAML.items():
+        if key in mechanics:
+            raise ConfigError(f"{path} sets {key}, which {owner} of the YAML owns; remove it there")
+    stage = mechanics.get("zero_optimization", {}).get("stage", 0)
+    if stage not in STAGES:
+        raise ConfigError(f"{path}: ZeRO stage {stage} is not supported; know {', '.join(map(str, STAGES))}")
+    return mechanics
+
+
+def engine_config(config: Config, plan: BatchPlan) -> dict[str, Any]:
+    """The complete DeepSpeed config: the mechanics of the JSON and the numbers of the YAML."""
+    mechanics = read_mechanics(config.train.deepspeed)
+    stage = mechanics.get("zero_optimization", {}).get("stage", 0)
+    precision = config.train.precision
+    ours: dict[str, Any] = {
+        "train_batch_size": config.train.batch_size,
+        "train_micro_batch_size_per_gpu": plan.micro_batch,
+        "gradient_accumulation_steps": plan.accumulation,
+        "gradient_clipping": config.optim.clip_norm,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+    }
+    if precision == "bf16" and stage == 0:
+        # DeepSpeed's bf16 wrapper of stage 0 keeps masters that nothing links to the parameters, and drifts. fp32
+        # weights under autocast are what one means by bf16 there.
+        ours["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    elif precision == "bf16":
+        ours["bf16"] = {"enabled": True}
+    elif precision == "fp16":
+        ours["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16, "hysteresis": 1}
+    return mechanics | ours
+
+
+def build_engine(model: Data2Vec, config: Config, plan: BatchPlan, device: torch.device) -> deepspeed.DeepSpeedEngine:
+    """Puts student, decoder and frozen teacher on `device` under one engine."""
+    engine, *_ = deepspeed.initialize(
+        model=model.to(device),
+        optimizer=build_optimizer(model, config.optim),
+        config=engine_config(config, plan),
+        dist_init_required=False,
+    )
+    return engine
+
+
+def optimizer_step(engine: deepspeed.DeepSpeedEngine) -> StepResult:
+    """Clips and steps after the last backward of a step. A non-finite gradient moves nothing.
+
+    ZeRO and fp16 optimizers look at the gradient's norm themselves and skip; without either, this does.
+    """
+    if engine.zero_optimization() or engine.fp16_enabled():
+        engine.step()
+        norm = engine.get_global_grad_norm()
+        return StepResult(engine.was_step_applied(), math.inf if norm is None else float(norm))
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    norm = float(torch.nn.utils.get_total_norm(gradients))
+    if not math.isfinite(norm):
+        engine.zero_grad()
+        return StepResult(False, norm)
+    engine.step()
+    return StepResult(True, norm)
+
+
+def loss_scale(engine: deepspeed.DeepSpeedEngine) -> float:
+    """The dynamic loss scale of fp16; 1 otherwise."""
+    return float(engine.optimizer.cur_scale) if engine.fp16_enabled() else 1.0

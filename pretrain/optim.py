@@ -1,0 +1,61 @@
+"""Parameter groups, and schedules as pure functions of the step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from models.data2vec import Data2Vec
+from pretrain.config import EmaConfig, OptimConfig
+
+
+def parameter_groups(model: Data2Vec, config: OptimConfig) -> list[dict[str, Any]]:
+    """Up to four groups: {averaged by the teacher, not} x {decayed, exempt}.
+
+    A ZeRO optimizer lays each group out as one flat buffer. Keeping what the teacher averages in groups of its own lets
+    `pretrain.ema` mirror whole buffers instead of picking parameters out of them.
+    """
+    tracked = {id(student) for student, _ in model.tracked()}
+    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            exempt = config.exempt_1d and parameter.ndim <= 1
+            groups.setdefault((id(parameter) in tracked, exempt), []).append(parameter)
+    return [
+        {"params": params, "weight_decay": 0.0 if exempt else config.weight_decay, "tracked": is_tracked}
+        for (is_tracked, exempt), params in sorted(groups.items(), reverse=True)
+    ]
+
+
+def build_optimizer(model: Data2Vec, config: OptimConfig) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        parameter_groups(model, config), lr=config.lr, betas=config.betas, eps=config.eps, fused=True
+    )
+
+
+def learning_rate(step: int, config: OptimConfig, steps: int) -> float:
+    """The rate of update number `step`, counted from 0: linear warm-up from 0, then half a cosine to 0 at `steps`."""
+    if step < config.warmup_steps:
+        return config.lr * step / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def ema_decay(update: int, config: EmaConfig) -> float:
+    """The decay of the teacher update that follows optimizer step `update`, counted from 1."""
+    if update >= config.anneal_steps:
+        return config.end
+    return config.start + (config.end - config.start) * update / config.anneal_steps
+
+
+def set_hyperparameters(optimizer: Any, lr: float, update: int, config: OptimConfig) -> None:
+    """Readies the groups for optimizer step `update`, counted from 1.
+
+    The authors add eps to sqrt(v) *before* v's bias is corrected (METHOD 1.7). That is AdamW with eps / sqrt(1 - b2^t),
+    so any fused AdamW computes it once eps is set anew before each step.
+    """
+    eps = config.eps / math.sqrt(1 - config.betas[1] ** update)
+    for group in optimizer.param_groups:
+        group["lr"], group["eps"] = lr, eps

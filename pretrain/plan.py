@@ -1,0 +1,135 @@
+"""What a run will cost, computed before it starts: parameters, batch arithmetic, matrix work, memory of a rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from models.config import ModelConfig
+from models.data2vec import Data2Vec
+from models.masks import masked_count
+from pretrain.config import BatchPlan, Config, batch_plan
+from pretrain.engine import read_mechanics
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Work:
+    """Floating-point operations of matrix products for one sample with its M masks; backward counts twice forward."""
+
+    local: float
+    teacher: float
+    student: float  # forward and backward
+    decoder: float  # forward and backward
+
+    @property
+    def total(self) -> float:
+        return self.local + self.teacher + self.student + self.decoder
+
+
+def useful_work(config: ModelConfig) -> Work:
+    """The matrix work that the method needs, with nothing recomputed: what speed is measured against."""
+    width, t, m = config.width, config.positions, config.num_masks
+    hidden = masked_count(config.mask, t)
+    visible = t - hidden + config.extra_tokens
+    blocks = config.prenet_depth + config.depth
+
+    def encoder(tokens: int) -> float:
+        linear = 2 * tokens * width**2 * (4 + 2 * config.mlp_ratio)
+        return blocks * (linear + 4 * tokens**2 * width)
+
+    patch = 2 * t * config.image.channels * config.image.patch**2 * width
+    decoder = config.decoder
+    widths = [width] + [decoder.width] * decoder.layers
+    taps = decoder.kernel ** len(config.grid_shape) / decoder.groups
+    convolutions = sum(2 * t * a * b * taps for a, b in zip(widths, widths[1:], strict=False))
+    projection = 2 * hidden * widths[-1] * width
+    # No gradient is needed with respect to pixels: the student's patch embedding counts twice, not thrice.
+    return Work(
+        2 * patch,
+        encoder(t + config.extra_tokens) + patch,
+        3 * m * encoder(visible),
+        3 * m * (convolutions + projection),
+    )
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    teacher: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.teacher + self.activations
+
+
+def parameter_counts(config: ModelConfig) -> dict[str, int]:
+    """Student, decoder and teacher, without allocating them."""
+    with torch.device("meta"):
+        model = Data2Vec(config)
+    return {
+        name: sum(p.numel() for p in getattr(model, name).parameters()) for name in ("student", "decoder", "teacher")
+    }
+
+
+def memory(config: Config, plan: BatchPlan, stage: int) -> Memory:
+    """An estimate for one rank, by ZeRO stage and precision; activations to about a fifth."""
+    counts = parameter_counts(config.model)
+    trained = counts["student"] + counts["decoder"]
+    low = 2 if config.train.precision != "fp32" and not (stage == 0 and config.train.precision == "bf16") else 4
+    shards = plan.ranks if stage >= 1 else 1
+    masters = 0 if stage == 0 and low == 4 else 4 * trained / shards
+    average = 0 if low == 4 else 4 * counts["teacher"] / shards
+    return Memory(
+        weights=low * (trained + counts["teacher"]),
+        gradients=low * trained / (plan.ranks if stage >= 2 else 1),
+        optimizer=masters + 8 * trained / shards,
+        teacher=average,
+        activations=(2 if config.train.precision != "fp32" else 4) * plan.micro_batch * saved_values(config.model),
+    )
+
+
+def saved_values(config: ModelConfig) -> float:
+    """Numbers kept for the backward pass of one sample with its masks."""
+    width, t, m = config.width, config.positions, config.num_masks
+    hidden = masked_count(config.mask, t)
+    tokens = m * (t - hidden + config.extra_tokens)
+    # A block keeps: its input (qkv's), q, k, v, attention's output, the sum into norm1, norm1's output, the hidden
+    # layer before and after GELU, the sum into norm2.
+    block = tokens * width * (8 + 2 * config.mlp_ratio)
+    # A decoder layer keeps: its input, the convolution's output and the normalised values.
+    decoder = m * t * config.decoder.width * 3 * config.decoder.layers
+    return (config.prenet_depth + config.depth) * block + decoder + m * hidden * (config.decoder.width + 3 * width)
+
+
+def describe(config: Config, ranks: int) -> str:
+    """The text of --dry-run."""
+    plan = batch_plan(config.train, ranks)
+    stage = read_mechanics(config.train.deepspeed).get("zero_optimization", {}).get("stage", 0)
+    counts, work, use = parameter_counts(config.model), useful_work(config.model), memory(config, plan, stage)
+    model, train = config.model, config.train
+    hidden = masked_count(model.mask, model.positions)
+    trained = counts["student"] + counts["decoder"]
+    lines = [
+        f"parameters   {trained / 1e6:.2f} M trained (student {counts['student'] / 1e6:.2f} M, decoder "
+        f"{counts['decoder'] / 1e6:.2f} M); teacher {counts['teacher'] / 1e6:.2f} M, averaged",
+        f"masks        {model.num_masks} a sample: {model.positions} positions, {model.positions - hidden} seen, "
+        f"{hidden} predicted",
+        f"batch        {train.batch_size} global = {plan.ranks} ranks x {plan.micro_batch} x {plan.accumulation} "
+        f"accumulated; {train.batch_size * model.num_masks} masked views a step",
+        f"run          {train.steps:,} steps, {train.steps * train.batch_size:,} samples",
+        f"matrix work  {work.total / 1e12:.3g} TFLOP a sample, {work.total * train.batch_size / 1e12:.3g} a step, "
+        f"{work.total * train.batch_size * train.steps / 1e18:.3g} EFLOP in all",
+        f"memory       {use.total / GIB:.2f} GiB a rank at ZeRO {stage}, {train.precision} (estimate): weights "
+        f"{use.weights / GIB:.2f}, gradients {use.gradients / GIB:.2f}, optimizer {use.optimizer / GIB:.2f}, teacher "
+        f"average {use.teacher / GIB:.2f}, activations {use.activations / GIB:.2f}",
+    ]
+    lines.append(f"checkpoints  every {config.run.save_every} steps into {config.run.dir}/checkpoints/step_*")
+    return "\n".join(lines)

@@ -1,0 +1,225 @@
+"""Builds a run and runs it: batch -> engine -> optimizer -> teacher -> metrics -> checkpoint."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import deepspeed
+import torch
+from torch import Tensor
+
+from models.config import LossConfig
+from models.data2vec import Batch, Data2Vec, Output
+from models.targets import Moments, deviation, pool
+from pretrain import checkpoint
+from pretrain.checkpoint import RunState
+from pretrain.config import BatchPlan, Config, ConfigError, batch_plan, load, to_yaml
+from pretrain.data.image import DataError
+from pretrain.data.loader import build_loader
+from pretrain.ema import ShardedTeacher
+from pretrain.engine import StepResult, build_engine, loss_scale, optimizer_step
+from pretrain.metrics import Recorder
+from pretrain.optim import ema_decay, learning_rate, set_hyperparameters
+from pretrain.parallel import World
+from pretrain.runtime import EXIT_RESUME, StopRequest, seed_micro_step
+
+MAX_SKIPPED = 40  # fp16 steps in a row that may overflow; the scale halves at each
+
+
+class Diverged(RuntimeError):
+    """Loss or gradient are no longer finite, or the targets have collapsed."""
+
+
+@dataclass
+class StepSums:
+    """Sums over the micro-batches of one step, on the device; nothing waits for them until they are read."""
+
+    loss: Tensor
+    prediction: Moments | None = None
+    target: Moments | None = None
+    failures: list[str] = field(default_factory=list)
+
+    def add(self, loss: Tensor, output: Output) -> None:
+        self.loss += loss.detach().float()
+        self.prediction = pool(self.prediction, output.prediction) if self.prediction else output.prediction
+        self.target = pool(self.target, output.target) if self.target else output.target
+
+
+def objective(output: Output, loss: LossConfig, masked: Tensor | int, rows: int) -> Tensor:
+    """This micro-batch's part of the global loss: parts add up over micro-batches and ranks (METHOD 1.6).
+
+    `masked` and `rows` count the *global* batch: its hidden positions, and its samples times masks.
+    """
+    return output.regression / masked + loss.cls * loss.cls_rows / rows * output.cls
+
+
+class Trainer:
+    """Model, engine, teacher and position of one run; `weights` is a state dict to start from."""
+
+    def __init__(self, config: Config, world: World, weights: dict[str, Tensor] | None = None) -> None:
+        self.config, self.world = config, world
+        self.plan: BatchPlan = batch_plan(config.train, world.size)
+        if config.train.threads:
+            torch.set_num_threads(config.train.threads)
+        torch.manual_seed(config.train.seed)
+        self.model = Data2Vec(config.model)
+        if weights is not None:
+            self.model.load_state_dict(weights)
+        self.engine: deepspeed.DeepSpeedEngine = build_engine(self.model, config, self.plan, world.device)
+        self.teacher = ShardedTeacher(self.engine, self.model)
+        self.state = RunState()
+
+    def step(self, micro_batches: list[Batch]) -> tuple[StepSums, StepResult]:
+        """One optimizer step over this rank's share of a global batch, and the teacher's update after it."""
+        config, world, state = self.config, self.world, self.state
+        rows = config.train.batch_size * config.model.num_masks
+        masked = torch.tensor(sum(b.masked for b in micro_batches), device=world.device)
+        masked = world.sum(masked)
+        set_hyperparameters(
+            self.engine.optimizer,
+            learning_rate(state.step, config.optim, config.train.steps),
+            state.step + 1,
+            config.optim,
+        )
+        sums = StepSums(torch.zeros((), device=world.device))
+        for i, batch in enumerate(micro_batches):
+            seed_micro_step(config.train.seed, state.batches, i, world.rank)
+            output: Output = self.engine(batch.to(world.device))
+            loss = objective(output, config.model.loss, masked, rows)
+            # The engine averages over ranks and micro-batches; the parts of the global loss are to be summed.
+            self.engine.backward(loss * (world.size * self.plan.accumulation))
+            sums.add(loss, output)
+            sums.failures += batch.failures
+        result = optimizer_step(self.engine)
+        state.batches += 1
+        state.failures += len(sums.failures)
+        if result.applied:
+            state.step += 1
+            self.teacher.update(ema_decay(state.step, config.ema))
+        return sums, result
+
+    def measure(self, sums: StepSums, result: StepResult) -> dict[str, float]:
+        """The step's figures over the global batch. Collective; this is where the host waits for the device."""
+        config, step = self.config, self.state.step
+        assert sums.prediction and sums.target
+        metrics = {
+            "loss": float(self.world.sum(sums.loss)),
+            "grad_norm": result.grad_norm,
+            "target_deviation": float(deviation(self._pooled(sums.target))),
+            "prediction_deviation": float(deviation(self._pooled(sums.prediction))),
+            "lr": learning_rate(step - 1, config.optim, config.train.steps),
+            "ema_decay": ema_decay(step, config.ema),
+        }
+        if config.train.precision == "fp16":
+            metrics["loss_scale"] = loss_scale(self.engine)
+        return metrics
+
+    def _pooled(self, own: Moments) -> Moments:
+        """Moments over all ranks."""
+        if self.world.size == 1:
+            return own
+        n = self.world.sum(own.n.clone())
+        mean = self.world.sum(own.mean * own.n) / n
+        m2 = self.world.sum(own.m2 + own.n * (own.mean - mean) ** 2)
+        return Moments(n, mean, m2)
+
+
+def train(config: Config, world: World) -> int:
+    """Runs `config` to its end, resuming by itself; returns the exit status.
+
+    Raises ConfigError, DataError, CheckpointError or Diverged, each with one clear line.
+    """
+    folder = Path(config.run.dir)
+    checkpoints = folder / "checkpoints"
+    newest = checkpoint.latest(checkpoints)
+    if newest:
+        refuse_other_experiment(newest, config)
+    trainer = Trainer(config, world)
+    if newest:
+        trainer.state = checkpoint.load(newest, trainer.engine, trainer.teacher, world)
+    state, steps = trainer.state, config.train.steps
+    recorder = Recorder(folder, steps, state.step, world.is_main)
+    if world.is_main:
+        checkpoint.write_atomically(folder / "config.yaml", to_yaml(config))
+    recorder.say(f"run folder {folder}: " + (f"resuming after step {state.step}" if newest else "starting"))
+    stop = StopRequest(world)
+
+    def save() -> None:
+        path = checkpoint.save(checkpoints, trainer.engine, trainer.teacher, state, config, world)
+        recorder.note(f"saved {path}")
+
+    try:
+        if state.step < steps:
+            batches = build_loader(config, trainer.plan, world, state.batches)
+        skipped, saved = 0, state.step
+        while state.step < steps:
+            sums, result = trainer.step([next(batches) for _ in range(trainer.plan.accumulation)])
+            for failure in sums.failures:
+                recorder.note(f"could not decode {failure}")
+            skipped = 0 if result.applied else skipped + 1
+            if skipped and (config.train.precision != "fp16" or skipped > MAX_SKIPPED):
+                raise Diverged(
+                    f"step {state.step + 1}: the gradient is not finite ({result.grad_norm}); nothing was "
+                    f"updated. {last_good(checkpoints)}"
+                )
+            if result.applied and (state.step % config.run.log_every == 0 or state.step == steps):
+                metrics = trainer.measure(sums, result)
+                unit = {"image": "images"}[config.model.modality]
+                batch = config.train.batch_size
+                recorder.record(state.step, metrics, batch, batch * config.model.num_masks, unit)
+                watch(config, state, metrics, world, checkpoints)
+            stopping = stop.agreed()
+            if state.step > saved and (stopping or state.step % config.run.save_every == 0 or state.step == steps):
+                save()
+                saved = state.step
+            if stopping and state.step < steps:
+                name = stop.received.name if stop.received else "a signal on another rank"
+                recorder.say(
+                    f"{name}: saved after step {state.step}; the same command continues (exit status {EXIT_RESUME})"
+                )
+                return EXIT_RESUME
+        recorder.say(f"finished {steps} steps; checkpoint {checkpoint.latest(checkpoints)}")
+        return 0
+    finally:
+        stop.close()
+        recorder.close()
+
+
+def watch(config: Config, state: RunState, metrics: dict[str, float], world: World, checkpoints: Path) -> None:
+    """Stops a run that has collapsed, gone to infinity, or cannot read its data."""
+    if not math.isfinite(metrics["loss"]):
+        raise Diverged(f"step {state.step}: the loss is {metrics['loss']}. {last_good(checkpoints)}")
+    if state.step > config.watch.after_steps:
+        for key, least in (
+            ("target_deviation", config.watch.min_target_deviation),
+            ("prediction_deviation", config.watch.min_prediction_deviation),
+        ):
+            if metrics[key] < least:
+                raise Diverged(
+                    f"step {state.step}: collapse, {key} {metrics[key]:.4g} is under watch.min_{key}={least}. "
+                    f"{last_good(checkpoints)}"
+                )
+    failures = int(world.sum(torch.tensor(state.failures, device=world.device)))
+    seen = state.batches * config.train.batch_size
+    if failures > config.data.max_failed_share * seen and failures > 10:
+        raise DataError(
+            f"{failures} files of {seen} read could not be decoded, more than "
+            f"data.max_failed_share={config.data.max_failed_share}; their names are in the run's log.txt"
+        )
+
+
+def last_good(checkpoints: Path) -> str:
+    newest = checkpoint.latest(checkpoints)
+    return f"The last good checkpoint is {newest}" if newest else "There is no checkpoint yet"
+
+
+def refuse_other_experiment(newest: Path, config: Config) -> None:
+    """A run folder continues the experiment that it holds, or nothing."""
+    changed = checkpoint.differences(load(newest / "config.yaml"), config)
+    if changed:
+        raise ConfigError(
+            f"{newest.parent.parent} holds a run with other settings ({'; '.join(changed[:4])}); choose "
+            "another run.dir, or delete that one"
+        )

@@ -1,0 +1,204 @@
+"""Replays one golden case through `pretrain.train.Trainer` and measures how far every quantity is off."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+from safetensors.torch import load_file
+from torch import Tensor
+
+import pretrain.train
+from models.data2vec import Batch, Output
+from models.masks import gather_rows
+from pretrain.parallel import World
+from pretrain.train import Trainer
+from tests.parity.reference import our_config, renamed
+
+FORWARD, LOSS, GRADIENT, TRAJECTORY, WEIGHTS = 1e-5, 2e-6, 1e-5, 2e-5, 2e-4
+MODALITIES = {"IMAGE"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compared quantity."""
+
+    quantity: str
+    error: float
+    bound: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.bound  # False for NaN, too
+
+
+def cases(folder: Path) -> list[Path]:
+    """The case descriptions of a folder: every JSON beside a safetensors file of the same name."""
+    return [path for path in sorted(folder.glob("*.json")) if path.with_suffix(".safetensors").exists()]
+
+
+def replay(path: Path, stage: int, world: World) -> list[Row]:
+    """All quantities of the case described by `path`, under ZeRO `stage`."""
+    case = json.loads(path.read_text())
+    golden = load_file(path.with_suffix(".safetensors"))
+    rows: list[Row] = []
+    for label, exempt in (("", True), ("_ascode", False)):
+        config = our_config(case, float(golden["traj.lr"][0]), stage, exempt)
+        weights = renamed(golden, "state.", "student") | renamed(golden, "teacher.", "teacher")
+        trainer = Trainer(config, world, weights)
+        if exempt:
+            rows += first_step_forward(trainer, golden)
+        trajectory = []
+        gradients: dict[str, Tensor] = {}
+        for k in range(len(golden["traj.loss"])):
+            with spied(trainer, gradients if k == 0 else {}) as seen:
+                sums, result = trainer.step([batch_of(golden, "input." if k == 0 else f"traj.{k}.input.")])
+            trajectory.append((trainer.measure(sums, result), seen))
+        if exempt:
+            rows += first_step_losses(*trajectory[0], golden)
+            rows += first_step_gradients(gradients, golden)
+        expected = case["logs"]["traj" + label]
+        for quantity in ("loss", "grad_norm"):
+            ours = torch.tensor([metrics[quantity] for metrics, _ in trajectory], dtype=torch.float64)
+            error = (ours / torch.tensor(expected[quantity], dtype=torch.float64) - 1).abs().max()
+            rows.append(Row(f"traj{label}.{quantity}", float(error), TRAJECTORY))
+        rows += final_weights(trainer, golden, label)
+        trainer.engine.destroy()
+    return rows
+
+
+def batch_of(golden: dict[str, Tensor], prefix: str) -> Batch:
+    mask = golden[prefix + "mask"].bool()
+    n = len(mask)
+    return Batch(golden[prefix + "source"], (~mask).nonzero()[:, 1].view(n, -1), mask.nonzero()[:, 1].view(n, -1))
+
+
+def first_step_forward(trainer: Trainer, golden: dict[str, Tensor]) -> list[Row]:
+    """Features, targets and predictions, part by part, in the modules that the step below runs."""
+    model = trainer.model
+    batch = batch_of(golden, "input.")
+    extra = model.config.extra_tokens
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str, pick: Any) -> Any:
+        return lambda module, args, output=None: seen.__setitem__(name, pick(args, output))
+
+    hooks = [
+        model.student.blocks[0].register_forward_pre_hook(keep("context", lambda a, _: a[0])),
+        model.student.blocks[-1].register_forward_hook(keep("encoder", lambda _, o: o[0])),
+        model.decoder.register_forward_pre_hook(keep("decoder_input", lambda a, _: a[0])),
+        model.decoder.proj.register_forward_hook(keep("pred", lambda _, o: o)),
+        model.teacher.blocks[0].register_forward_pre_hook(keep("teacher_input", lambda a, _: a[0])),
+    ]
+    for i, block in enumerate(model.teacher.blocks):
+        hooks.append(block.mlp.register_forward_hook(keep(f"teacher_layer.{i}", lambda _, o: o[:, extra:])))
+    with torch.no_grad():
+        seen["local_features"] = model.student.local.features(batch.inputs)
+        seen["target"] = model.targets(batch.inputs)
+        model(batch)
+    for hook in hooks:
+        hook.remove()
+    rows = []
+    for name, value in seen.items():
+        expected = golden[f"out.{name}"]
+        if name == "pred":  # ours exist only where the loss looks
+            expected = gather_rows(expected, batch.ids_mask)
+        rows.append(Row(f"out.{name}", relative(value, expected), FORWARD))
+    return rows
+
+
+def first_step_losses(metrics: dict[str, float], output: Output, golden: dict[str, Tensor]) -> list[Row]:
+    size = float(golden["out.sample_size"])
+    rows = []
+    for name, value in (("target_var", metrics["target_deviation"]), ("pred_var", metrics["prediction_deviation"])):
+        rows.append(Row(f"out.{name}", abs(value / float(golden[f"out.{name}"]) - 1), FORWARD))
+    terms = [
+        ("loss", metrics["loss"]),
+        ("loss_sum", metrics["loss"] * size),
+        ("loss_sum.IMAGE_regression", float(output.regression.detach())),
+    ]
+    for name, value in terms:
+        rows.append(Row(f"out.{name}", abs(value / float(golden[f"out.{name}"]) - 1), LOSS))
+    return rows
+
+
+def first_step_gradients(gradients: dict[str, Tensor], golden: dict[str, Tensor]) -> list[Row]:
+    expected = renamed(golden, "grad.", "student")
+    if set(expected) != set(gradients):
+        raise AssertionError(f"parameters with a gradient differ: {set(expected) ^ set(gradients)}")
+    worst = max(relative(without_key_bias(n, gradients[n]), without_key_bias(n, g)) for n, g in expected.items())
+    norm = sum(float(g.double().square().sum()) for g in gradients.values()) ** 0.5
+    return [
+        Row("grad (worst tensor)", worst, GRADIENT),
+        Row("out.grad_norm", abs(norm / float(golden["out.grad_norm"]) - 1), GRADIENT),
+    ]
+
+
+def final_weights(trainer: Trainer, golden: dict[str, Tensor], label: str) -> list[Row]:
+    parameters = dict(trainer.model.named_parameters())
+    rows = []
+    wanted = [(f"final{label}.", "student")] + ([("final_teacher.", "teacher")] if not label else [])
+    for prefix, owner in wanted:
+        worst = 0.0
+        for name, expected in renamed(golden, prefix, owner).items():
+            parameter = parameters[name]
+            sharded = trainer.engine.zero_optimization() and owner == "student"
+            value = safe_get_full_fp32_param(parameter) if sharded else parameter.detach()
+            difference = without_key_bias(name, value) - without_key_bias(name, expected)
+            worst = max(worst, float(difference.abs().max()))
+        rows.append(Row(prefix + "* (absolute)", worst, WEIGHTS))
+    return rows
+
+
+@contextmanager
+def spied(trainer: Trainer, gradients: dict[str, Tensor]) -> Iterator[Output]:
+    """Watches one `Trainer.step`: its model's output, and the gradients as the optimizer is about to get them."""
+    seen: list[Output] = []
+    hook = trainer.model.register_forward_hook(lambda module, args, output: seen.append(output))
+    original = pretrain.train.optimizer_step
+
+    def spy(engine: Any) -> Any:
+        for name, parameter in engine.module.named_parameters():
+            if parameter.requires_grad:
+                gradient = safe_get_full_grad(parameter) if engine.zero_optimization() else parameter.grad
+                gradients[name] = gradient.clone()
+        return original(engine)
+
+    pretrain.train.optimizer_step = spy
+    try:
+        yield _Late(seen)  # type: ignore[misc]
+    finally:
+        pretrain.train.optimizer_step = original
+        hook.remove()
+
+
+class _Late:
+    """The output of a forward pass that has not run yet when the name is bound."""
+
+    def __init__(self, seen: list[Output]) -> None:
+        self._seen = seen
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._seen[0], name)
+
+
+def relative(value: Tensor, expected: Tensor) -> float:
+    """|value - expected| / |expected| in the Euclidean norm; shapes must agree."""
+    if value.shape != expected.shape:
+        raise AssertionError(f"shape {tuple(value.shape)}, expected {tuple(expected.shape)}")
+    return float((value.double() - expected.double()).norm() / expected.double().norm())
+
+
+def without_key_bias(name: str, value: Tensor) -> Tensor:
+    """Softmax does not feel a constant added to all logits, so the key bias's gradient is rounding noise alone."""
+    if not re.search(r"attn\.qkv\.bias$", name):
+        return value
+    third = len(value) // 3
+    return torch.cat([value[:third], value[2 * third :]])
