@@ -60,9 +60,9 @@ class TargetConfig:
 class LossConfig:
     """`scale` multiplies every squared difference (None: 1/sqrt(width)); `beta` > 0 chooses smooth-L1.
 
-    `cls` weighs the class-token term. In the reference that term is *summed* over the rows of one rank's micro-batch, so
-    that its weight grows with a number that should not matter; `cls_rows` is that number of rows (images x masks) in the
-    published run, and our mean over the global batch's rows is multiplied by it.
+    `cls` weighs the class-token term. In the reference that term is *summed* over the rows of one rank's micro-batch,
+    so that its weight grows with a number that should not matter; `cls_rows` is that number of rows (images x masks)
+    in the published run, and our mean over the global batch's rows is multiplied by it.
     """
 
     scale: float | None = None

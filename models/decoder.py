@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -27,7 +29,7 @@ class Decoder(nn.Module):
         widths = [config.width] + [decoder.width] * decoder.layers
         self.convs = nn.ModuleList(
             conv(c_in, c_out, decoder.kernel, padding=decoder.kernel // 2, groups=decoder.groups)
-            for c_in, c_out in zip(widths, widths[1:], strict=False)
+            for c_in, c_out in pairwise(widths)
         )
         self.proj = nn.Linear(widths[-1], config.width)  # with PyTorch's own initialisation, as METHOD 2 has it
 

@@ -1,7 +1,7 @@
 """Drawing masks (NumPy, in the loader), and moving rows of positions in and out (torch, on the device).
 
-A mask is a pure function of (seed, epoch, sample, mask number): random numbers come from a counter-based generator keyed
-by those four, so that neither workers, ranks nor restarts can change it, and all rows of a batch are drawn at once.
+A mask is a pure function of (seed, epoch, sample, mask number): random numbers come from a counter-based generator
+keyed by those four, so that neither workers, ranks nor restarts can change it, and all rows of a batch are drawn at once.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _ids(chosen: NDArray[np.bool_]) -> Tensor:
 
 
 def gather_rows(x: Tensor, ids: Tensor) -> Tensor:
-    """(B, T, D) and ids (B*M, K) -> (B*M, K, D): row b*M+m takes its positions from sample b, never copying x M times."""
+    """(B, T, D) and ids (B*M, K) -> (B*M, K, D): row b*M+m takes its positions from sample b, without M copies of x."""
     b, _, d = x.shape
     flat = ids.reshape(b, -1)
     return x.gather(1, flat[..., None].expand(-1, -1, d)).view(*ids.shape, d)

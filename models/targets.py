@@ -65,7 +65,7 @@ def pool(a: Moments, b: Moments) -> Moments:
     """The moments of two sets taken together (Chan, Golub & LeVeque 1979)."""
     n = a.n + b.n
     delta = b.mean - a.mean
-    return Moments(n, a.mean + delta * (b.n / n), a.m2 + b.m2 + delta**2 * (a.count * b.n / n))
+    return Moments(n, a.mean + delta * (b.n / n), a.m2 + b.m2 + delta**2 * (a.n * b.n / n))
 
 
 def deviation(m: Moments) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -44,7 +45,7 @@ def useful_work(config: ModelConfig) -> Work:
     decoder = config.decoder
     widths = [width] + [decoder.width] * decoder.layers
     taps = decoder.kernel ** len(config.grid_shape) / decoder.groups
-    convolutions = sum(2 * t * a * b * taps for a, b in zip(widths, widths[1:], strict=False))
+    convolutions = sum(2 * t * a * b * taps for a, b in pairwise(widths))
     projection = 2 * hidden * widths[-1] * width
     # No gradient is needed with respect to pixels: the student's patch embedding counts twice, not thrice.
     return Work(

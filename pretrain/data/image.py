@@ -32,7 +32,8 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 
 Box = tuple[float, float, float, float]
 
-_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif")
+_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
+_EXTENSIONS += (".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif")
 _FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF")
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 _HELD_OUT = ("test", "val", "valid", "validation")
@@ -232,7 +233,7 @@ def open_images(path: str, split: str = "train") -> ImageSource:
     found = {kind: count for kind, count in found.items() if count}
     if not found:
         packed = next((file for file in files if _COMPRESSED_NAME.fullmatch(file)), None)
-        hint = f"{packed} is compressed, unpack it to .tar" if packed else "give image files, .tar or idx files"
+        hint = f"unpack {packed} to .tar" if packed else "give image files, .tar or idx files"
         raise DataError(f"no images in {folder}: {hint}")
     if len(found) > 1:
         mixture = " and ".join(f"{count} {kind}" for kind, count in found.items())
@@ -301,7 +302,7 @@ class ImageDataset(torch.utils.data.Dataset):
             try:
                 with _no_pillow_limit(), self.source.read(chosen) as image:
                     pixels = self._crop(image, rng)
-            except Exception as error:  # noqa: BLE001 - decoders raise almost anything, even SyntaxError
+            except Exception as error:  # decoders raise almost anything, even SyntaxError
                 reason = " ".join(str(error).split()) or type(error).__name__
                 failures.append(f"{self.source.name(chosen)}: {reason}")
             else:
@@ -405,7 +406,7 @@ def _expand(pattern: str) -> list[str]:
         shards |= dict.fromkeys(matches)
     stranger = next((shard for shard in shards if not shard.endswith(".tar")), None)
     if stranger or not shards:
-        raise DataError(f"{pattern} has to name .tar files, but {f'gives {stranger}' if stranger else 'is empty'}")
+        raise DataError(f"{pattern} has to give .tar files, not {stranger or 'nothing'}")
     return list(shards)
 
 
@@ -427,20 +428,21 @@ def _index_shard(path: str) -> Iterator[tuple[str, int, int, int | None]]:
     try:
         with open(path, "rb") as file:
             if file.read(8).startswith(_COMPRESSED):
-                raise DataError(f"{path} is compressed and cannot be read at random: unpack it to a plain tar")
+                raise DataError(f"{path} is compressed and cannot be read at random: unpack it to .tar")
             file.seek(0)
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 members = [member for member in tar if member.isfile() and not _is_hidden(member.name)]
                 end = tar.offset
             file.seek(end)
-            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile takes a bad header for the end
+            # tarfile takes a bad header for the end.
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise DataError(f"tar shard {path} is truncated or damaged at byte {end}: fetch it again")
             labels = {}
             for member in members:
                 stem, extension = os.path.splitext(member.name)
                 if extension == ".cls":
                     text = os.pread(file.fileno(), min(member.size, 32), member.offset_data).strip()
-                    labels[stem] = int(text) if text.isdigit() else None
+                    labels[stem] = int(text) if re.fullmatch(rb"\d{1,6}", text) else None
     except (OSError, tarfile.TarError) as error:
         raise DataError(f"tar shard {path} is unreadable, truncated or damaged: {error}") from error
     for member in members:
@@ -494,7 +496,7 @@ def _open(file: str | BinaryIO) -> Image.Image:
 def _orientation(image: Image.Image) -> int:
     try:
         value = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # noqa: BLE001 - a broken EXIF block may raise anything, the pixels are fine
+    except Exception:  # a broken EXIF block may raise anything; the pixels are fine
         return 1
     return value if value in _TRANSPOSE else 1
 
