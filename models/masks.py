@@ -1,7 +1,7 @@
 """Drawing masks (NumPy, in the loader), and moving rows of positions in and out (torch, on the device).
 
 A mask is a pure function of (seed, epoch, sample, mask number): random numbers come from a counter-based generator
-keyed by those four, so that neither workers, ranks nor restarts can change it, and all rows of a batch are drawn at once.
+keyed by those four, so that neither workers, ranks nor restarts can change it, and a batch is drawn at once.
 """
 
 from __future__ import annotations

@@ -467,7 +467,7 @@ def _read_idx(path: str, dims: int) -> np.ndarray:
         raise DataError(f"cannot read idx file {path}: {error}") from error
     magic, header = bytes((0, 0, 8, dims)), 4 + 4 * dims
     if raw[:4].tobytes() != magic:
-        raise DataError(f"{path} is no idx{dims}-ubyte file: starts with {raw[:4].tobytes()!r}, not {magic!r}")
+        raise DataError(f"{path} is no idx{dims}-ubyte file: begins {raw[:4].tobytes()!r}, not {magic!r}")
     shape = np.frombuffer(raw[4 : header if raw.size >= header else 4].tobytes(), ">u4").tolist()
     if raw.size != header + math.prod(shape):
         raise DataError(f"idx file {path} is truncated or damaged: {raw.size} bytes do not fit shape {shape}")
