@@ -71,9 +71,9 @@ def draw_block_masks(config: MaskConfig, keys: U64, shape: tuple[int, ...]) -> M
     centre = ((words[:, :blocks] >> np.uint64(32)) * np.uint64(positions) >> np.uint64(32)).astype(np.int64)
     offset = np.arange(config.length) - config.length // 2
     cells = np.zeros((len(keys), blocks, 1), np.int64)
-    for axis, size in zip(np.unravel_index(centre, shape), shape, strict=True):
-        line = np.clip(axis[..., None] + offset, 0, size - 1)
-        cells = (cells[..., :, None] * size + line[..., None, :]).reshape(len(keys), blocks, -1)
+    for axis, (at, size) in enumerate(zip(np.unravel_index(centre, shape), shape, strict=True), 1):
+        line = np.clip(at[..., None] + offset, 0, size - 1)
+        cells = (cells[..., :, None] * size + line[..., None, :]).reshape(len(keys), blocks, config.length**axis)
 
     priority = words[:, blocks:] >> np.uint64(1)
     rows = np.arange(len(keys))[:, None, None]

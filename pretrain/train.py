@@ -86,6 +86,7 @@ class Trainer:
         sums = StepSums(torch.zeros((), device=world.device))
         for i, batch in enumerate(micro_batches):
             seed_micro_step(config.train.seed, state.batches, i, world.rank)
+            self.engine.set_gradient_accumulation_boundary(i + 1 == len(micro_batches))
             output: Output = self.engine(batch.to(world.device))
             loss = objective(output, config.model.loss, masked, rows)
             # The engine averages over ranks and micro-batches; the parts of the global loss are to be summed.

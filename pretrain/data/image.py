@@ -32,8 +32,8 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 
 Box = tuple[float, float, float, float]
 
-_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
-_EXTENSIONS += (".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif")
+_SUFFIXES = "jpg jpeg png bmp gif webp tif tiff ppm pgm jp2 avif"
+_EXTENSIONS = tuple(f".{name}" for name in _SUFFIXES.split())
 _FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF")
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 _HELD_OUT = ("test", "val", "valid", "validation")
@@ -95,7 +95,8 @@ class FolderSource:
     def __init__(self, root: str) -> None:
         self._root = root
         self._names = _Names()
-        self.labels, self.classes = None, []
+        self.labels: np.ndarray | None = None
+        self.classes: list[str] = []
         labels, loose = array("q"), False
         for name in _walk(root):
             self._names.append(name)
@@ -140,7 +141,8 @@ class TarSource:
         if not self._names:
             raise DataError(f"no images in {len(self._shards)} tar shard(s), the first is {self._shards[0]}")
         self._places = np.array(places, np.int64).reshape(-1, 3)
-        self.labels, self.classes = None, []
+        self.labels: np.ndarray | None = None
+        self.classes: list[str] = []
         if len(labels) == len(self._names):
             self.labels = np.array(labels, np.int64)
             self.classes = [str(label) for label in range(max(labels) + 1)]
@@ -183,7 +185,8 @@ class IdxSource:
         self._images = _read_idx(path, dims=3)
         if 0 in self._images.shape:
             raise DataError(f"no images in {path}: its header says {self._images.shape}")
-        self.labels, self.classes = None, []
+        self.labels: np.ndarray | None = None
+        self.classes: list[str] = []
         folder, file = os.path.split(path)
         plain = re.sub(r"images([-.])idx3", r"labels\1idx1", file).removesuffix(".gz")
         for labels_file in (plain, plain + ".gz"):
@@ -316,8 +319,7 @@ class ImageDataset(torch.utils.data.Dataset):
     def _crop(self, image: Image.Image, rng: np.random.Generator) -> torch.Tensor:
         mode = "L" if self.channels == 1 else "RGB"
         header_size = image.size
-        reducible = isinstance(image, JpegImageFile)
-        if not reducible:
+        if not isinstance(image, JpegImageFile):
             self._check_pixels(image, header_size)
             image.load()  # some formats know their orientation only now
         orientation = _orientation(image)
@@ -328,7 +330,7 @@ class ImageDataset(torch.utils.data.Dataset):
         else:
             box = _centre_box(upright_size, (min(upright_size), min(upright_size)))
         box = _stored_box(box, image.size, orientation)
-        if reducible:
+        if isinstance(image, JpegImageFile):
             box = _draft(image, box, self.size, mode)
             self._check_pixels(image, header_size)
         # Cropping and orienting commute with the resize, and the small result is the cheap one to turn.

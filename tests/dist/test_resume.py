@@ -1,0 +1,117 @@
+"""A killed run continues as if nothing had happened: metrics byte for byte, weights bit for bit."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from tests.launch import TIMEOUT, TINY, run, start, weights
+
+STEPS = 40
+COMMON = (TINY, f"train.steps={STEPS}", "run.save_every=3", "model.mask.noise_std=0.01", "run.keep_last=2")
+
+
+def args(folder: Path, stage: int) -> tuple[str, ...]:
+    return (*COMMON, f"run.dir={folder}", f"train.deepspeed=ds_configs/zero{stage}.json")
+
+
+def assert_identical(folder: Path, reference: Path) -> None:
+    assert (folder / "metrics.jsonl").read_bytes() == (reference / "metrics.jsonl").read_bytes()
+    ours, expected = weights(folder), weights(reference)
+    assert ours.keys() == expected.keys()
+    assert any(key.startswith("teacher.") for key in ours)
+    assert any("exp_avg_sq" in key for key in ours)
+    for name, value in expected.items():
+        assert torch.equal(ours[name], value), name
+
+
+def wait_for(condition, process) -> None:  # noqa: ANN001
+    deadline = time.monotonic() + TIMEOUT
+    while not condition() and process.poll() is None:
+        assert time.monotonic() < deadline, "the run hangs"
+        time.sleep(0.0005)
+
+
+def progress(folder: Path) -> int:
+    try:
+        return (folder / "metrics.jsonl").read_text().count("\n")
+    except FileNotFoundError:
+        return 0
+
+
+@pytest.fixture(scope="module", params=[0, 1])
+def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
+    folder = tmp_path_factory.mktemp("reference") / "run"
+    run("pretrain", *args(folder, request.param))
+    assert progress(folder) == STEPS
+    return request.param, folder
+
+
+def test_sigkill(tmp_path: Path, reference: tuple[int, Path]) -> None:
+    stage, expected = reference
+    folder = tmp_path / "run"
+    draw = random.Random(stage)
+    killed_while_writing = 0
+    for attempt in range(4):
+        process = start("pretrain", *args(folder, stage))
+        seen = progress(folder)
+        wait_for(lambda seen=seen: progress(folder) > seen + draw.randint(1, 4), process)
+        if attempt % 2:  # in the middle of writing a checkpoint
+            wait_for(lambda: any((folder / "checkpoints").glob(".partial-*/*.pt")), process)
+            killed_while_writing += process.poll() is None
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    assert killed_while_writing
+    run("pretrain", *args(folder, stage))
+    assert_identical(folder, expected)
+    assert not list((folder / "checkpoints").glob(".partial-*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_polite_signal(tmp_path: Path, reference: tuple[int, Path], number: signal.Signals) -> None:
+    stage, expected = reference
+    folder = tmp_path / "run"
+    process = start("pretrain", *args(folder, stage))
+    wait_for(lambda: progress(folder) >= 5, process)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 75, out
+    assert f"{number.name}: saved after step" in out
+    run("pretrain", *args(folder, stage))
+    assert_identical(folder, expected)
+
+
+def test_signal_to_one_of_two_ranks(tmp_path: Path) -> None:
+    expected, folder = tmp_path / "expected", tmp_path / "run"
+    run("pretrain", *args(expected, 1), ranks=2)
+    process = start("pretrain", *args(folder, 1), ranks=2)
+    wait_for(lambda: progress(folder) >= 5, process)
+    ranks = [c for c in psutil.Process(process.pid).children() if "pretrain" in c.cmdline()]
+    assert len(ranks) == 2
+    ranks[1].send_signal(signal.SIGUSR1)
+    out, err = process.communicate(timeout=TIMEOUT)
+    assert "saved after step" in out, err
+    run("pretrain", *args(folder, 1), ranks=2)
+    assert_identical(folder, expected)
+
+
+def test_checkpoints_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run("pretrain", TINY, "train.steps=12", "run.save_every=2", "run.keep_last=2", "run.keep_every=4", f"run.dir={folder}")
+    kept = sorted(p.name for p in (folder / "checkpoints").glob("step_*"))
+    assert kept == ["step_00000004", "step_00000008", "step_00000010", "step_00000012"]
+    assert (folder / "checkpoints" / "latest").read_text() == "step_00000012\n"
+
+
+def test_other_experiment_is_refused(tmp_path: Path) -> None:
+    run("pretrain", TINY, "train.steps=2", f"run.dir={tmp_path}")
+    done = run("pretrain", TINY, "train.steps=2", f"run.dir={tmp_path}", "optim.lr=0.5", status=2)
+    assert "optim.lr: 0.001 -> 0.5" in done.stderr
+    assert done.stderr.count("error:") == 1
