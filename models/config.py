@@ -1,5 +1,4 @@
-"""What the model is, as frozen dataclasses. The defaults are the paper's ViT-B/16 (METHOD: ICML 2023, table 5 and the
-published configuration files)."""
+"""What the model is, as frozen dataclasses. The defaults are the published ViT-B/16 (see docs/method.md)."""
 
 from __future__ import annotations
 

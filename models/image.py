@@ -37,7 +37,7 @@ class ImageFrontEnd(nn.Module):
 
     def keep(self, features: Tensor, ids_keep: Tensor | None) -> Tensor:
         """(B, T, D) and (B*M, K) -> (B*M, K, D) with positions added; all T positions without ids."""
-        features = features + self.positions
+        features = features + self.positions.to(features.dtype)
         return features if ids_keep is None else gather_rows(features, ids_keep)
 
 

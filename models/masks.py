@@ -56,7 +56,7 @@ def masked_count(config: MaskConfig, positions: int) -> int:
 
 
 def draw_block_masks(config: MaskConfig, keys: U64, shape: tuple[int, ...]) -> Masks:
-    """Block masks for R rows over a grid of one or two axes (METHOD 3).
+    """Block masks for R rows over a grid of one or two axes (docs/method.md 3).
 
     Block centres are drawn with replacement, blocks are clamped at the border, and single random positions are then
     added or removed until the count is exact. That last step needs no loop: with one random priority a position, the

@@ -9,7 +9,7 @@ import sys
 from pretrain import parallel
 from pretrain.checkpoint import CheckpointError
 from pretrain.config import ConfigError, load, to_yaml
-from pretrain.data.image import DataError
+from pretrain.data.sources import DataError
 from pretrain.plan import describe
 from pretrain.runtime import EXIT_BAD_INPUT, EXIT_DIVERGED
 from pretrain.train import Diverged, train

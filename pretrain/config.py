@@ -87,7 +87,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class WatchConfig:
-    """Collapse: after `after_steps` the run stops if a deviation falls under its minimum (METHOD 1.10)."""
+    """Collapse: after `after_steps` the run stops if a deviation falls under its minimum (docs/method.md 1.10)."""
 
     after_steps: int = 5000
     min_target_deviation: float = 0.0

@@ -53,7 +53,7 @@ class ShardedTeacher:
         self.owned_bytes = 4 * owned
 
     def update(self, decay: float) -> None:
-        """teacher = decay * teacher + (1 - decay) * student (METHOD 1.9). At decay 1 nothing moves."""
+        """teacher = decay * teacher + (1 - decay) * student (docs/method.md 1.9). At decay 1 nothing moves."""
         if decay >= 1:
             return
         with torch.no_grad():

@@ -89,6 +89,8 @@ def build_engine(model: Data2Vec, config: Config, plan: BatchPlan, device: torch
         config=engine_config(config, plan),
         dist_init_required=False,
     )
+    if engine.fp16_enabled() and not engine.zero_optimization():
+        engine.basic_optimizer.state.clear()  # this wrapper allocates Adam's state by a step, which would count as t = 1
     return engine
 
 
@@ -112,4 +114,4 @@ def optimizer_step(engine: deepspeed.DeepSpeedEngine) -> StepResult:
 
 def loss_scale(engine: deepspeed.DeepSpeedEngine) -> float:
     """The dynamic loss scale of fp16; 1 otherwise."""
-    return float(engine.optimizer.cur_scale) if engine.fp16_enabled() else 1.0
+    return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else 1.0

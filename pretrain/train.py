@@ -16,8 +16,8 @@ from models.targets import Moments, deviation, pool
 from pretrain import checkpoint
 from pretrain.checkpoint import RunState
 from pretrain.config import BatchPlan, Config, ConfigError, batch_plan, load, to_yaml
-from pretrain.data.image import DataError
 from pretrain.data.loader import build_loader
+from pretrain.data.sources import DataError
 from pretrain.ema import ShardedTeacher
 from pretrain.engine import StepResult, build_engine, loss_scale, optimizer_step
 from pretrain.metrics import Recorder
@@ -48,7 +48,7 @@ class StepSums:
 
 
 def objective(output: Output, loss: LossConfig, masked: Tensor | int, rows: int) -> Tensor:
-    """This micro-batch's part of the global loss: parts add up over micro-batches and ranks (METHOD 1.6).
+    """This micro-batch's part of the global loss: parts add up over micro-batches and ranks (docs/method.md 1.6).
 
     `masked` and `rows` count the *global* batch: its hidden positions, and its samples times masks.
     """

@@ -14,7 +14,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from pretrain.data.image import DataError
+from pretrain.data.sources import DataError
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from models.data2vec import Batch
 from pretrain.config import BatchPlan, Config
 from pretrain.data.collate import Collate, Sample
 from pretrain.data.fetch import resolve
-from pretrain.data.image import ImageDataset, open_images
+from pretrain.data.image import ImageDataset
 from pretrain.data.sampler import StreamSampler
+from pretrain.data.sources import open_images
 from pretrain.parallel import World
 
 

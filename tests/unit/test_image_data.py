@@ -15,7 +15,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from pretrain.data import image as image_module
-from pretrain.data.image import DataError, ImageDataset, open_images
+from pretrain.data import sources
+from pretrain.data.image import ImageDataset
+from pretrain.data.sources import DataError, open_images
 
 DOWN, ACROSS = np.mgrid[0:255:64j, 0:255:96j]
 SMOOTH = np.stack([ACROSS, DOWN, np.full_like(DOWN, 90)], -1).astype(np.uint8)
@@ -170,7 +172,7 @@ def test_tar_shards(tmp_path):
 
 
 def test_many_shards_need_few_handles(tmp_path, monkeypatch):
-    monkeypatch.setattr(image_module, "_OPEN_SHARDS", 2)
+    monkeypatch.setattr(sources, "_OPEN_SHARDS", 2)
     for shard in range(5):
         write_tar(tmp_path / f"{shard}.tar", {"x.jpg": jpeg(colour(50 * shard))})
     source = open_images(str(tmp_path))
@@ -295,9 +297,7 @@ def flat(value, mode="L"):
 )
 def test_formats(tmp_path, name):
     got = centre(write(tmp_path / name), 32).numpy()
-    want = np.asarray(Image.fromarray(SMOOTH).resize((32, 32), Image.BICUBIC, (16, 0, 80, 64))).transpose(
-        2, 0, 1
-    )
+    want = np.asarray(Image.fromarray(SMOOTH).resize((32, 32), Image.BICUBIC, (16, 0, 80, 64))).transpose(2, 0, 1)
     assert np.abs(got - want.astype(int)).mean() < (12 if name == "a.gif" else 4)
 
 
@@ -574,9 +574,7 @@ def test_failures_are_replaced_and_reported(tmp_path):
     sample = dataset(tmp_path)[0, 2]
     assert sample.index == 2
     assert sample.failures[0].startswith(f"{tmp_path}/2.jpg: ") and "truncated" in sample.failures[0]
-    stand_ins = {
-        dataset(tmp_path, seed=seed, train=False)[0, 2].inputs.numpy().tobytes() for seed in range(12)
-    }
+    stand_ins = {dataset(tmp_path, seed=seed, train=False)[0, 2].inputs.numpy().tobytes() for seed in range(12)}
     assert len(stand_ins) > 1
     empty = dataset(tmp_path)[0, 5].failures[0]
     assert empty == f"{tmp_path}/5.jpg: not an image, or an unknown format"
@@ -603,9 +601,7 @@ def test_index_outside(tmp_path):
 def test_max_pixels_is_checked_before_decoding(tmp_path, monkeypatch):
     path = write(tmp_path / "x.png")
     monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", lambda self: pytest.fail("decoded"))
-    failure(
-        lambda: dataset(tmp_path, max_pixels=96 * 64 - 1)[0, 0], f"{path}: 96x64 exceeds data.max_pixels=6143"
-    )
+    failure(lambda: dataset(tmp_path, max_pixels=96 * 64 - 1)[0, 0], f"{path}: 96x64 exceeds data.max_pixels=6143")
 
 
 def test_max_pixels_of_a_jpeg_counts_what_is_decoded(tmp_path):

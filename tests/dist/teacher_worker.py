@@ -1,0 +1,114 @@
+"""Run by test_teacher.py under one or more ranks: every ZeRO stage and precision in turn, one JSON line each."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import safe_get_full_fp32_param
+from torch import Tensor
+
+from models.data2vec import Batch
+from pretrain import parallel
+from pretrain.config import load
+from pretrain.data.loader import build_loader
+from pretrain.engine import loss_scale
+from pretrain.optim import ema_decay
+from pretrain.train import Trainer
+
+STEPS = 4
+
+
+def full_student(trainer: Trainer) -> dict[str, Tensor]:
+    """The student's fp32 weights, gathered parameter by parameter, by other means than the teacher uses."""
+    out = {}
+    optimizer = trainer.engine.optimizer
+    masters = {}
+    if hasattr(optimizer, "fp32_groups"):
+        for low, full in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            masters |= {id(p): m for p, m in zip(low, full, strict=True)}
+    for name, parameter in trainer.model.student.named_parameters():
+        if trainer.engine.zero_optimization():
+            value = safe_get_full_fp32_param(parameter)
+        else:
+            value = masters.get(id(parameter), parameter)
+        out[name] = value.detach().float().clone()
+    return out
+
+
+def frozen(trainer: Trainer) -> list[Tensor]:
+    """Copies of everything that a skipped step must not touch."""
+    state = [t for t in trainer.engine.optimizer.state.values() for t in t.values() if torch.is_tensor(t)]
+    tensors = [*trainer.model.parameters(), *trainer.teacher.averages, *trainer.teacher.masters, *state]
+    return [t.detach().clone() for t in tensors]
+
+
+def poisoned(batch: Batch) -> Batch:
+    pixels = batch.inputs.float()
+    pixels[0, 0, 0, 0] = float("nan")
+    return replace(batch, inputs=pixels)
+
+
+def scenario(stage: int, precision: str, world: parallel.World, folder: Path) -> dict[str, Any]:
+    overrides = [f"train.precision={precision}", f"train.deepspeed=ds_configs/zero{stage}.json", "train.micro_batch=2"]
+    config = load("tests/tiny.yaml", overrides)
+    trainer = Trainer(config, world)
+    batches = build_loader(config, trainer.plan, world, 0)
+    expected = {n: p.detach().float().clone() for n, p in trainer.model.teacher.named_parameters()}
+    starts_equal = all(torch.equal(expected[n], v) for n, v in full_student(trainer).items())
+
+    def micro_batches() -> list[Batch]:
+        return [next(batches) for _ in range(trainer.plan.accumulation)]
+
+    skipped = 0
+    while trainer.state.step < STEPS:
+        _, result = trainer.step(micro_batches())
+        skipped += not result.applied
+        if result.applied:
+            decay = ema_decay(trainer.state.step, config.ema)
+            for name, value in full_student(trainer).items():
+                expected[name].mul_(decay).add_(value, alpha=1 - decay)
+
+    before, step, scale = frozen(trainer), trainer.state.step, loss_scale(trainer.engine)
+    bad = micro_batches()
+    if world.is_main:  # one bad value on one rank is enough
+        bad[-1] = poisoned(bad[-1])
+    _, result = trainer.step(bad)
+    untouched = all(torch.equal(a, b) for a, b in zip(before, frozen(trainer), strict=True))
+
+    owned = torch.zeros((), dtype=torch.int64)
+    error = published = 0.0
+    for piece in trainer.teacher.pieces:
+        part = expected[piece.name].view(-1)[piece.start : piece.start + piece.average.numel()]
+        error = max(error, float((piece.average - part).abs().max()))
+        owned += piece.average.numel()
+    for name, parameter in trainer.model.teacher.named_parameters():
+        difference = (parameter.detach().float() - expected[name]).abs() / expected[name].abs().clamp(min=1e-3)
+        published = max(published, float(difference.max()))
+    moved = max(float((v - full_student(trainer)[n]).abs().max()) for n, v in expected.items())
+    trainer.teacher.save(folder / f"{stage}{precision}_{world.rank}.safetensors")
+    return {
+        "stage": stage, "precision": precision, "rank": world.rank, "starts_equal": starts_equal, "error": error,
+        "published": published, "moved": moved, "owned": int(owned), "skipped": skipped,
+        "total": sum(p.numel() for p in trainer.model.teacher.parameters()),
+        "bad_applied": result.applied, "bad_untouched": untouched, "bad_step": trainer.state.step - step,
+        "scale_ratio": loss_scale(trainer.engine) / scale, "dtype": str(next(trainer.model.teacher.parameters()).dtype),
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    get_accelerator().is_fp16_supported = lambda: True  # torch computes in fp16 on CPU; DeepSpeed only doubts it
+    world = parallel.start()
+    lines = []
+    for stage in (0, 1, 2):
+        for precision in ("fp32", "bf16", "fp16"):
+            lines.append(json.dumps(scenario(stage, precision, world, Path(sys.argv[1]))))
+    (Path(sys.argv[1]) / f"rank{world.rank}.jsonl").write_text("\n".join(lines))
+    parallel.stop()

@@ -1,0 +1,114 @@
+"""The program as a user meets it: what it leaves behind, how it stops, and that every launcher starts it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from tests.launch import ROOT, TIMEOUT, TINY, environment, run, weights
+
+
+def lines(path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_run_folder(tmp_path: Path) -> None:
+    done = run("pretrain", TINY, "train.steps=4", "run.log_every=2", f"run.dir={tmp_path}")
+    assert "step 4/4" in done.stdout
+    for word in ("loss", "lr", "ema", "dev target", "pred", "images/s", "views/s", "left"):
+        assert word in done.stdout
+    assert [row["step"] for row in lines(tmp_path / "metrics.jsonl")] == [2, 4]
+    assert {"loss", "grad_norm", "target_deviation", "prediction_deviation", "lr", "ema_decay"} < set(
+        lines(tmp_path / "metrics.jsonl")[0]
+    )
+    assert list((tmp_path / "tensorboard").glob("events*"))
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["train"]["steps"] == 4
+    again = run("pretrain", TINY, "train.steps=4", "run.log_every=2", f"run.dir={tmp_path}")
+    assert "resuming after step 4" in again.stdout
+    assert [row["step"] for row in lines(tmp_path / "metrics.jsonl")] == [2, 4]
+
+
+def test_deepspeed_launcher(tmp_path: Path) -> None:
+    launcher = Path(sys.executable).with_name("deepspeed")
+    command = [str(launcher), "--num_gpus", "1", "--master_port", "29761", "--module", "pretrain", TINY]
+    done = subprocess.run(
+        [*command, "train.steps=2", f"run.dir={tmp_path}"],
+        cwd=ROOT,
+        env=environment() | {"PATH": f"{launcher.parent}:/usr/bin:/bin"},
+        text=True,
+        capture_output=True,
+        timeout=TIMEOUT,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "finished 2 steps" in done.stdout
+
+
+def test_divergence_stops_the_run(tmp_path: Path) -> None:
+    done = run("pretrain", TINY, f"run.dir={tmp_path}", "run.save_every=1", "optim.lr=1e30", status=3)
+    assert "the gradient is not finite" in done.stderr
+    assert f"The last good checkpoint is {tmp_path}/checkpoints/step_" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert all(torch.isfinite(value).all() for name, value in weights(tmp_path).items() if name.startswith("teacher."))
+
+
+def test_collapse_stops_the_run(tmp_path: Path) -> None:
+    limits = ("watch.after_steps=2", "watch.min_target_deviation=100")
+    done = run("pretrain", TINY, f"run.dir={tmp_path}", "run.save_every=2", *limits, status=3)
+    assert "step 3: collapse, target_deviation" in done.stderr
+    assert "step_00000002" in done.stderr
+
+
+@pytest.fixture
+def folder_of_images(tmp_path: Path) -> Path:
+    draw = np.random.default_rng(0)
+    for i in range(24):
+        path = tmp_path / "images" / "deep" / f"{i:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw.integers(0, 255, (40, 50, 3), np.uint8)).save(path)
+    return tmp_path / "images"
+
+
+def test_broken_files_are_named_and_replaced(tmp_path: Path, folder_of_images: Path) -> None:
+    (folder_of_images / "deep" / "07.png").write_bytes(b"not an image")
+    arguments = ("pretrain", TINY, f"data.path={folder_of_images}", "train.steps=6", "data.workers=2")
+    run(*arguments, f"run.dir={tmp_path / 'a'}", "data.max_failed_share=0.5")
+    log = (tmp_path / "a" / "log.txt").read_text()
+    assert log.count("could not decode") == 2  # 48 samples: each file twice
+    assert "07.png: not an image" in log
+    run(*arguments, f"run.dir={tmp_path / 'b'}", "data.max_failed_share=0.5", "data.workers=0")
+    metrics = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in "ab"]
+    assert metrics[0] == metrics[1]  # whatever the workers
+
+
+def test_too_many_broken_files_stop_the_run(tmp_path: Path, folder_of_images: Path) -> None:
+    for i in range(0, 24, 2):
+        (folder_of_images / "deep" / f"{i:02}.png").write_bytes(b"")
+    done = run("pretrain", TINY, f"data.path={folder_of_images}", "train.steps=20", f"run.dir={tmp_path / 'a'}", status=2)
+    assert "could not be decoded, more than data.max_failed_share=0.01" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data.path=/nowhere"], "/nowhere does not exist"),
+        (["data.path=tests/unit/data"], "no images in tests/unit/data"),
+        (["train.stepz=4"], "did you mean train.steps?"),
+        (["train.steps=many"], "train.steps='many' should be a whole number"),
+        (["train.batch_size=9", "train.micro_batch=2"], "these do: 1, 3, 9"),
+        (["train.deepspeed=ds_configs/zero9.json"], "ds_configs/ has zero0.json"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
+    done = run("pretrain", TINY, f"run.dir={tmp_path}", *arguments, status=2)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert "Traceback" not in done.stderr
