@@ -32,6 +32,10 @@ class MaskConfig:
     inverse: bool = True
     noise_std: float = 0.01
 
+    def hidden(self, positions: int) -> int:
+        """How many of `positions` every row hides. The float floor is the reference's: 0.8 of 196 keeps 39, not 40."""
+        return positions - int(positions * (1 - self.prob)) if self.inverse else int(positions * self.prob)
+
 
 @dataclass(frozen=True)
 class DecoderConfig:
@@ -104,39 +108,50 @@ class ModelConfig:
 
 def problems(config: ModelConfig) -> list[str]:
     """Every reason why this model cannot be built, one sentence each; empty if it can."""
-    found = []
-
-    def need(ok: bool, sentence: str) -> None:
-        if not ok:
-            found.append(sentence)
-
     image, mask, decoder = config.image, config.mask, config.decoder
-    need(config.modality in MODALITIES, f"model.modality={config.modality!r}: know {', '.join(MODALITIES)}")
-    for name in ("width", "heads", "depth", "num_masks"):
-        need(getattr(config, name) >= 1, f"model.{name}={getattr(config, name)} must be at least 1")
-    need(
-        config.heads < 1 or config.width % config.heads == 0,
-        f"model.width={config.width} does not divide by model.heads={config.heads}",
-    )
-    need(config.width % 4 == 0, f"model.width={config.width} must divide by 4 for 2-D sin-cos positions")
-    need(
-        image.patch >= 1 and image.size % max(image.patch, 1) == 0,
-        f"model.image.size={image.size} does not divide by model.image.patch={image.patch}",
-    )
-    need(
-        len(image.mean) == len(image.std) == image.channels,
-        f"model.image.mean and std need {image.channels} values each, one a channel",
-    )
-    need(0 < mask.prob < 1, f"model.mask.prob={mask.prob} must lie between 0 and 1")
-    for name, width in (("model.decoder.width", decoder.width), ("model.width", config.width)):
-        need(width % decoder.groups == 0, f"{name}={width} does not divide by model.decoder.groups={decoder.groups}")
-    need(decoder.kernel % 2 == 1, f"model.decoder.kernel={decoder.kernel} must be odd")
-    need(
-        1 <= config.targets.top_k_layers <= config.depth,
-        f"model.targets.top_k_layers={config.targets.top_k_layers} must be 1 to model.depth={config.depth}",
-    )
-    need(config.loss.cls == 0 or config.extra_tokens > 0, "model.loss.cls > 0 needs model.extra_tokens >= 1")
-    return found
+    found = [
+        f"model.{name}={value} must be at least {least}"
+        for name, value, least in (
+            *((name, getattr(config, name), 1) for name in ("width", "heads", "depth", "num_masks")),
+            *((name, getattr(config, name), 0) for name in ("prenet_depth", "extra_tokens", "mlp_ratio", "norm_eps")),
+            *((f"image.{name}", getattr(image, name), 1) for name in ("size", "patch", "channels")),
+            *((f"decoder.{name}", getattr(decoder, name), 1) for name in ("width", "groups", "kernel")),
+            ("decoder.layers", decoder.layers, 0),
+            ("mask.length", mask.length, 1),
+            ("mask.adjust", mask.adjust, 0),
+            ("mask.noise_std", mask.noise_std, 0),
+            ("loss.cls_rows", config.loss.cls_rows, 1),
+        )
+        if not value >= least
+    ]
+    if found:
+        return found  # what follows divides by these
+    rules = [
+        (config.modality in MODALITIES, f"model.modality={config.modality!r}: know {', '.join(MODALITIES)}"),
+        (config.width % config.heads == 0, f"model.width={config.width} does not divide by model.heads={config.heads}"),
+        (config.width % 4 == 0, f"model.width={config.width} must divide by 4 for 2-D sin-cos positions"),
+        (image.size % image.patch == 0, f"model.image.size={image.size} does not divide by its patch={image.patch}"),
+        (
+            len(image.mean) == len(image.std) == image.channels and all(std > 0 for std in image.std),
+            f"model.image.mean and std need {image.channels} values each, one a channel, std positive",
+        ),
+        (
+            0 < mask.prob < 1 and 0 < mask.hidden(config.positions) < config.positions,
+            f"model.mask.prob={mask.prob} must hide at least one of {config.positions} positions and leave one",
+        ),
+        (
+            decoder.width % decoder.groups == 0 and config.width % decoder.groups == 0,
+            f"model.width={config.width} and model.decoder.width={decoder.width} must both divide by "
+            f"model.decoder.groups={decoder.groups}",
+        ),
+        (decoder.kernel % 2 == 1, f"model.decoder.kernel={decoder.kernel} must be odd"),
+        (
+            1 <= config.targets.top_k_layers <= config.depth,
+            f"model.targets.top_k_layers={config.targets.top_k_layers} must be 1 to model.depth={config.depth}",
+        ),
+        (config.loss.cls == 0 or config.extra_tokens > 0, "model.loss.cls > 0 needs model.extra_tokens >= 1"),
+    ]
+    return [sentence for ok, sentence in rules if not ok]
 
 
 MODALITIES = ("image",)

@@ -48,13 +48,6 @@ def random_words(keys: U64, count: int) -> U64:
     return hash_u64(keys[:, None] + _GOLDEN * np.arange(1, count + 1, dtype=np.uint64))
 
 
-def masked_count(config: MaskConfig, positions: int) -> int:
-    """How many of `positions` every row hides. The float floor is the reference's: 0.8 of 196 keeps 39, not 40."""
-    if config.inverse:
-        return positions - int(positions * (1 - config.prob))
-    return int(positions * config.prob)
-
-
 def draw_block_masks(config: MaskConfig, keys: U64, shape: tuple[int, ...]) -> Masks:
     """Block masks for R rows over a grid of one or two axes (docs/method.md 3).
 
@@ -63,7 +56,7 @@ def draw_block_masks(config: MaskConfig, keys: U64, shape: tuple[int, ...]) -> M
     wanted set is the `count` highest of (in a block, priority).
     """
     positions = math.prod(shape)
-    chosen = positions - masked_count(config, positions) if config.inverse else masked_count(config, positions)
+    chosen = positions - config.hidden(positions) if config.inverse else config.hidden(positions)
     share = 1 - config.prob if config.inverse else config.prob
     blocks = int(positions * (share + config.adjust) / config.length ** len(shape))
     words = random_words(keys, blocks + positions)

@@ -27,8 +27,8 @@ def main() -> int:
     try:
         config = load(args.config, args.overrides)
         if args.dry_run:
-            print(to_yaml(config))
-            print(describe(config, args.ranks))
+            costs = describe(config, args.ranks)  # first, so that an error comes alone
+            print(to_yaml(config), costs, sep="\n")
             return 0
         return train(config, parallel.start())
     except (ConfigError, DataError, CheckpointError) as error:

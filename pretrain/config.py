@@ -122,7 +122,9 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     """
     path = Path(path)
     tree = _read_yaml(path)
-    if base := tree.pop("base", None):
+    if (base := tree.pop("base", None)) is not None:
+        if not isinstance(base, str):
+            raise ConfigError(f"{path}: base: {base!r} should be the name of a YAML file beside it")
         parent = _read_yaml(path.parent / base)
         if "base" in parent:
             raise ConfigError(f"{path}: its base {base} has a base of its own; one level is allowed")
@@ -152,6 +154,10 @@ def check(config: Config) -> None:
     rules = [
         (optim.lr > 0, f"optim.lr={optim.lr} must be positive"),
         (all(0 <= b < 1 for b in optim.betas), f"optim.betas={optim.betas} must lie in [0, 1)"),
+        (optim.eps > 0 and optim.weight_decay >= 0, "optim.eps must be positive and optim.weight_decay 0 or more"),
+        (optim.warmup_steps >= 0, f"optim.warmup_steps={optim.warmup_steps} must be 0 or more"),
+        (config.ema.anneal_steps >= 0, f"ema.anneal_steps={config.ema.anneal_steps} must be 0 or more"),
+        (0 <= data.max_failed_share <= 1, f"data.max_failed_share={data.max_failed_share} must lie in [0, 1]"),
         (optim.clip_norm >= 0, f"optim.clip_norm={optim.clip_norm} must be 0 (off) or positive"),
         (0 <= config.ema.start <= 1 and 0 <= config.ema.end <= 1, "ema.start and ema.end must lie in [0, 1]"),
         (train.precision in PRECISIONS, f"train.precision={train.precision!r}: know {', '.join(PRECISIONS)}"),
@@ -175,6 +181,8 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 
 def batch_plan(train: TrainConfig, ranks: int) -> BatchPlan:
     """Splits the global batch over the ranks; raises ConfigError, naming what would divide, if it does not."""
+    if ranks < 1:
+        raise ConfigError(f"{ranks} ranks cannot train anything; at least 1")
     if train.batch_size % ranks:
         fits = [r for r in range(1, train.batch_size + 1) if train.batch_size % r == 0]
         near = sorted(sorted(fits, key=lambda r: abs(r - ranks))[:4])

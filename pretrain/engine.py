@@ -45,12 +45,15 @@ def read_mechanics(path: str) -> dict[str, Any]:
         raise ConfigError(
             f"train.deepspeed={path}: {error.strerror}; ds_configs/ has zero0.json to zero2.json"
         ) from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # not JSON, or not even text
         raise ConfigError(f"{path} is not valid JSON: {error}") from None
+    zero = mechanics.get("zero_optimization", {}) if isinstance(mechanics, dict) else None
+    if not isinstance(zero, dict):
+        raise ConfigError(f"{path} should be a mapping with a section zero_optimization, as ds_configs/zero1.json is")
     for key, owner in OWNED_BY_YAML.items():
         if key in mechanics:
             raise ConfigError(f"{path} sets {key}, which {owner} of the YAML owns; remove it there")
-    stage = mechanics.get("zero_optimization", {}).get("stage", 0)
+    stage = zero.get("stage", 0)
     if stage not in STAGES:
         raise ConfigError(f"{path}: ZeRO stage {stage} is not supported; know {', '.join(map(str, STAGES))}")
     return mechanics

@@ -9,7 +9,6 @@ import torch
 
 from models.config import ModelConfig
 from models.data2vec import Data2Vec
-from models.masks import masked_count
 from pretrain.config import BatchPlan, Config, batch_plan
 from pretrain.engine import read_mechanics
 
@@ -33,7 +32,7 @@ class Work:
 def useful_work(config: ModelConfig) -> Work:
     """The matrix work that the method needs, with nothing recomputed: what speed is measured against."""
     width, t, m = config.width, config.positions, config.num_masks
-    hidden = masked_count(config.mask, t)
+    hidden = config.mask.hidden(t)
     visible = t - hidden + config.extra_tokens
     blocks = config.prenet_depth + config.depth
 
@@ -100,7 +99,7 @@ def memory(config: Config, plan: BatchPlan, stage: int) -> Memory:
 def saved_values(config: ModelConfig) -> float:
     """Numbers kept for the backward pass of one sample with its masks."""
     width, t, m = config.width, config.positions, config.num_masks
-    hidden = masked_count(config.mask, t)
+    hidden = config.mask.hidden(t)
     tokens = m * (t - hidden + config.extra_tokens)
     # A block keeps: its input (qkv's), q, k, v, attention's output, the sum into norm1, norm1's output, the hidden
     # layer before and after GELU, the sum into norm2.
@@ -116,7 +115,7 @@ def describe(config: Config, ranks: int) -> str:
     stage = read_mechanics(config.train.deepspeed).get("zero_optimization", {}).get("stage", 0)
     counts, work, use = parameter_counts(config.model), useful_work(config.model), memory(config, plan, stage)
     model, train = config.model, config.train
-    hidden = masked_count(model.mask, model.positions)
+    hidden = model.mask.hidden(model.positions)
     trained = counts["student"] + counts["decoder"]
     lines = [
         f"parameters   {trained / 1e6:.2f} M trained (student {counts['student'] / 1e6:.2f} M, decoder "

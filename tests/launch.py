@@ -43,7 +43,12 @@ def start(module: str, *args: str, ranks: int = 1) -> subprocess.Popen[str]:
 def run(module: str, *args: str, ranks: int = 1, status: int | None = 0) -> subprocess.CompletedProcess[str]:
     """Runs to the end; fails with the program's own words if the exit status is not the expected one."""
     done = subprocess.run(
-        command(module, *args, ranks=ranks), cwd=ROOT, env=environment(), text=True, capture_output=True, timeout=TIMEOUT
+        command(module, *args, ranks=ranks),
+        cwd=ROOT,
+        env=environment(),
+        text=True,
+        capture_output=True,
+        timeout=TIMEOUT,
     )
     if status is not None and done.returncode != status:
         raise AssertionError(f"exit status {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
@@ -57,8 +62,8 @@ def weights(run_folder: Path) -> dict[str, torch.Tensor]:
     state = torch.load(folder / "mp_rank_00_model_states.pt", weights_only=False)
     out |= state["module"]
     optimizers = [state["optimizer"]] if state["optimizer"] else []
-    for path in sorted(folder.glob("*optim_states.pt")):
-        optimizers.append(torch.load(path, weights_only=False)["optimizer_state_dict"])
+    sharded = sorted(folder.glob("*optim_states.pt"))
+    optimizers += [torch.load(path, weights_only=False)["optimizer_state_dict"] for path in sharded]
     for i, optimizer in enumerate(optimizers):
         out |= {f"optimizer.{i}.{key}": value for key, value in _tensors(optimizer)}
     for path in sorted(folder.glob("teacher_*.safetensors")):

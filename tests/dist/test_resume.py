@@ -104,7 +104,15 @@ def test_signal_to_one_of_two_ranks(tmp_path: Path) -> None:
 
 def test_checkpoints_kept(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    run("pretrain", TINY, "train.steps=12", "run.save_every=2", "run.keep_last=2", "run.keep_every=4", f"run.dir={folder}")
+    run(
+        "pretrain",
+        TINY,
+        "train.steps=12",
+        "run.save_every=2",
+        "run.keep_last=2",
+        "run.keep_every=4",
+        f"run.dir={folder}",
+    )
     kept = sorted(p.name for p in (folder / "checkpoints").glob("step_*"))
     assert kept == ["step_00000004", "step_00000008", "step_00000010", "step_00000012"]
     assert (folder / "checkpoints" / "latest").read_text() == "step_00000012\n"

@@ -91,7 +91,9 @@ def test_broken_files_are_named_and_replaced(tmp_path: Path, folder_of_images: P
 def test_too_many_broken_files_stop_the_run(tmp_path: Path, folder_of_images: Path) -> None:
     for i in range(0, 24, 2):
         (folder_of_images / "deep" / f"{i:02}.png").write_bytes(b"")
-    done = run("pretrain", TINY, f"data.path={folder_of_images}", "train.steps=20", f"run.dir={tmp_path / 'a'}", status=2)
+    done = run(
+        "pretrain", TINY, f"data.path={folder_of_images}", "train.steps=20", f"run.dir={tmp_path / 'a'}", status=2
+    )
     assert "could not be decoded, more than data.max_failed_share=0.01" in done.stderr
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import pretrain.train
+from models.config import ModelConfig
 from models.data2vec import Batch, Output
 from models.masks import gather_rows
 from pretrain.parallel import World
@@ -62,7 +63,7 @@ def replay(path: Path, stage: int, world: World) -> list[Row]:
                 sums, result = trainer.step([batch_of(golden, "input." if k == 0 else f"traj.{k}.input.")])
             trajectory.append((trainer.measure(sums, result), seen))
         if exempt:
-            rows += first_step_losses(*trajectory[0], golden)
+            rows += first_step_losses(config.model, *trajectory[0], golden)
             rows += first_step_gradients(gradients, golden)
         expected = case["logs"]["traj" + label]
         for quantity in ("loss", "grad_norm"):
@@ -114,14 +115,18 @@ def first_step_forward(trainer: Trainer, golden: dict[str, Tensor]) -> list[Row]
     return rows
 
 
-def first_step_losses(metrics: dict[str, float], output: Output, golden: dict[str, Tensor]) -> list[Row]:
+def first_step_losses(
+    config: ModelConfig, metrics: dict[str, float], output: Output, golden: dict[str, Tensor]
+) -> list[Row]:
     size = float(golden["out.sample_size"])
     rows = []
     for name, value in (("target_var", metrics["target_deviation"]), ("pred_var", metrics["prediction_deviation"])):
         rows.append(Row(f"out.{name}", abs(value / float(golden[f"out.{name}"]) - 1), FORWARD))
+    cls = float(output.cls.detach()) * config.loss.cls * config.loss.cls_rows / len(golden["input.mask"]) * size
     terms = [
         ("loss", metrics["loss"]),
         ("loss_sum", metrics["loss"] * size),
+        ("loss_sum.cls", cls),
         ("loss_sum.IMAGE_regression", float(output.regression.detach())),
     ]
     for name, value in terms:

@@ -1,0 +1,52 @@
+"""Both benchmarks run and report all that they promise; how fast they find this machine is not tested."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.launch import run
+
+MODEL = [
+    *("model.width=32", "model.heads=4", "model.prenet_depth=1", "model.depth=2", "model.num_masks=4"),
+    *("model.image.patch=28", "model.decoder.width=32", "model.decoder.groups=4", "model.decoder.layers=2"),
+    *("model.targets.top_k_layers=2", "model.mask.prob=0.7"),
+]
+
+
+def figures(module: str, *args: str) -> dict:
+    lines = run(module, *args, *MODEL).stdout.splitlines()
+    return json.loads(lines[-1])
+
+
+def test_step_takes_itself_apart(tmp_path):
+    trace = tmp_path / "trace.json"
+    arguments = ["--micro-batch=2", "--steps=2", "--zero=1", "--threads=1", f"--profile={trace}"]
+    found = figures("benchmarks.step", *arguments, "train.batch_size=4")
+    parts = found["parts"]
+    assert set(parts) == {
+        *("local features", "teacher", "student forward", "decoder forward", "backward", "optimizer"),
+        *("teacher update", "loss, targets, rest"),
+    }
+    assert min(parts.values()) > 0
+    assert sum(parts.values()) == pytest.approx(found["instrumented_seconds"], rel=0.05)
+    assert found["images_per_s"] == pytest.approx(4 / found["seconds"], rel=1e-3)
+    assert found["masked_views_per_s"] == pytest.approx(16 / found["seconds"], rel=1e-3)
+    assert found["tflop_per_s"] == pytest.approx(found["tflop"] / found["seconds"], rel=1e-3)
+    assert found["matrix_share"] > 0 and found["matrix_tflop_per_s"] > 0 and found["peak_gib"] > 0
+    expected = {"precision": "fp32", "zero": 1, "micro_batch": 2, "accumulation": 2, "ranks": 1, "threads": 1}
+    assert {key: found[key] for key in expected} == expected
+    assert found["hardware"] and found["torch"] and found["command"].startswith("python -m benchmarks.step")
+    assert json.loads(trace.read_text())["traceEvents"]
+
+
+def test_loader_counts_images_and_masks():
+    found = figures("benchmarks.loader", "--seconds=0.2", "--photos=4", "--batch=2", "--workers", "0", "1", "--size=56")
+    alone, beside = found["loading"]
+    assert (alone["workers"], beside["workers"]) == (0, 1)
+    assert alone["images_per_s"] > 0 and alone["cpu_ms_per_image"] > 0 and beside["images_per_s_per_worker"] > 0
+    assert found["size"] == 56 and found["num_masks"] == 4
+    assert 60_000 < found["image_bytes"] < 140_000
+    assert found["mask_ms_per_image"] > 0 and 0 < found["mask_share"] < 1
+    assert found["hardware"] and found["command"].startswith("python -m benchmarks.loader")
