@@ -8,13 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.config import ModelConfig
+from models.fused.linear import Linear
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d}
 
 
 class Decoder(nn.Module):
     """`layers` x {grouped convolution -> LayerNorm over channels, no affine -> GELU, + input where widths agree}, then
-    a Linear to D (METHOD 1.4).
+    a Linear to D (docs/method.md 1.4).
 
     Activations stay (N, T, C) throughout. The convolution sees a permuted view of that, which is exactly the
     channels-last layout it is fastest in, so nothing is ever transposed in memory.
@@ -31,7 +32,7 @@ class Decoder(nn.Module):
             conv(c_in, c_out, decoder.kernel, padding=decoder.kernel // 2, groups=decoder.groups)
             for c_in, c_out in pairwise(widths)
         )
-        self.proj = nn.Linear(widths[-1], config.width)  # with PyTorch's own initialisation, as METHOD 2 has it
+        self.proj = Linear(widths[-1], config.width)  # with PyTorch's own initialisation, as docs/method.md 2 has it
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, T, D) -> (N, T, C), everything but the projection, which is wanted at hidden positions only."""

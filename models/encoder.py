@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.fused.linear import Linear
+
 
 class Attention(nn.Module):
     """Multi-head self-attention with one fused qkv projection. (N, T, D) -> (N, T, D)."""
@@ -12,8 +14,8 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         n, t, d = x.shape
@@ -27,8 +29,8 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
@@ -51,7 +53,7 @@ class Block(nn.Module):
 
 
 def init_linear(module: nn.Module) -> None:
-    """N(0, 0.02) weights and zero biases for every Linear below `module` (METHOD 2)."""
+    """N(0, 0.02) weights and zero biases for every Linear below `module` (docs/method.md 2)."""
     for child in module.modules():
         if isinstance(child, nn.Linear):
             nn.init.normal_(child.weight, std=0.02)

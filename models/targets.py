@@ -37,7 +37,7 @@ def instance_norm(x: Tensor, eps: float = 1e-5) -> Tensor:
 
 
 def summed_loss(prediction: Tensor, target: Tensor, beta: float, scale: float) -> Tensor:
-    """Squared error, or smooth-L1 for beta > 0, times `scale`, summed over everything (METHOD 1.6)."""
+    """Squared error, or smooth-L1 for beta > 0, times `scale`, summed over everything (docs/method.md 1.6)."""
     prediction, target = prediction.float(), target.float()
     if beta > 0:
         return F.smooth_l1_loss(prediction, target, beta=beta, reduction="sum") * scale
@@ -69,5 +69,5 @@ def pool(a: Moments, b: Moments) -> Moments:
 
 
 def deviation(m: Moments) -> Tensor:
-    """Mean over channels of sqrt(unbiased variance + 1e-6): what collapse is watched by (METHOD 1.10)."""
+    """Mean over channels of sqrt(unbiased variance + 1e-6): what collapse is watched by (docs/method.md 1.10)."""
     return (m.m2 / (m.n - 1) + 1e-6).sqrt().mean()

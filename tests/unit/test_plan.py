@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.config import DecoderConfig, ImageConfig, ModelConfig, TargetConfig
 from models.data2vec import Batch, Data2Vec
+from models.fused import linear
 from models.masks import draw_block_masks, row_keys
 from pretrain.config import load
 from pretrain.plan import parameter_counts, useful_work
@@ -32,6 +33,11 @@ TINY = ModelConfig(
 @pytest.mark.parametrize(("preset", "tera"), [("image_base", 0.41), ("image_large", 1.70), ("image_huge14", 4.46)])
 def test_work_of_the_presets(preset, tera):
     assert useful_work(load(CONFIGS / f"{preset}.yaml").model).total == pytest.approx(tera * 1e12, rel=0.02)
+
+
+@pytest.fixture(autouse=True)
+def plain_linear(monkeypatch):
+    monkeypatch.setattr(linear, "AVAILABLE", False)  # torch's counter knows its own operators only
 
 
 def counted(config, samples=2):

@@ -1,0 +1,289 @@
+"""python -m benchmarks.step --preset image_base --micro-batch 2 [section.key=value ...]: what a training step costs.
+
+Times `Trainer.step` of `pretrain.train` itself, on random images and real masks, and prints one line of JSON; the same
+as a table goes to stderr. Speed is given as a share of the matrix rate, which is measured between the timed steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import platform
+import resource
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import pretrain.train
+from models.data2vec import Batch
+from pretrain import parallel
+from pretrain.config import PRECISIONS, Config, ConfigError, load
+from pretrain.data.collate import Collate
+from pretrain.data.image import ImageSample
+from pretrain.parallel import World
+from pretrain.plan import useful_work
+from pretrain.train import Trainer
+
+ROOT = Path(__file__).parent.parent
+GIB = 2**30
+REST = "loss, targets, rest"
+MATMUL_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Clock:
+    """Exclusive time by part: whatever runs inside a wrapped call belongs to the innermost one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds = {REST: 0.0}
+        self._open, self._since = [REST], 0.0
+
+    def start(self) -> None:
+        self._since = now(self.device)
+
+    def wrap(self, function: Callable[..., Any], part: str) -> Callable[..., Any]:
+        self.seconds.setdefault(part, 0.0)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self.charge()
+            self._open.append(part)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.charge()
+                self._open.pop()
+
+        return timed
+
+    def charge(self) -> None:
+        """Books the time since the last call on the innermost open part."""
+        at = now(self.device)
+        self.seconds[self._open[-1]] += at - self._since
+        self._since = at
+
+
+def now(device: torch.device) -> float:
+    """The time at which everything asked of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+@contextmanager
+def taken_apart(trainer: Trainer) -> Iterator[Clock]:
+    """Times the parts of the steps made inside."""
+    clock, model = Clock(trainer.world.device), trainer.model
+    places = [
+        (model.student.local, "features", "local features"),
+        (model.teacher.local, "features", "local features"),
+        (model.teacher, "context", "teacher"),
+        *((block, "forward", "teacher") for block in model.teacher.blocks),
+        (model.student, "forward", "student forward"),
+        (model, "predict", "decoder forward"),
+        (trainer.engine, "backward", "backward"),
+        (pretrain.train, "optimizer_step", "optimizer"),
+        (trainer.teacher, "update", "teacher update"),
+    ]
+    with ExitStack() as stack:
+        for owner, name, part in places:
+            stack.enter_context(patch.object(owner, name, clock.wrap(getattr(owner, name), part)))
+        clock.start()
+        yield clock
+        clock.charge()
+
+
+class MatrixRate:
+    """FLOP/s of one large square matrix product, what speed is compared with."""
+
+    def __init__(self, device: torch.device, precision: str, repeats: int = 3) -> None:
+        self.edge = 8192 if device.type == "cuda" else 2048
+        self.device, self.repeats = device, repeats
+        self.a, self.b = (
+            torch.randn(self.edge, self.edge, device=device).to(MATMUL_DTYPE[precision]) for _ in range(2)
+        )
+        self.out = torch.empty_like(self.a)
+
+    def __call__(self) -> float:
+        seconds = []
+        for _ in range(self.repeats):
+            start = now(self.device)
+            torch.mm(self.a, self.b, out=self.out)
+            seconds.append(now(self.device) - start)
+        return 2 * self.edge**3 / median(seconds)
+
+
+def random_batches(config: Config, trainer: Trainer) -> Iterator[list[Batch]]:
+    """Endless steps' worth of micro-batches: noise for pixels, masks as the loader's workers draw them."""
+    image, plan = config.model.image, trainer.plan
+    collate = Collate(config.model, config.train.seed)
+    generator = torch.Generator().manual_seed(config.train.seed)
+    shape, index = (image.channels, image.size, image.size), 0
+    while True:
+        step = []
+        for _ in range(plan.accumulation):
+            pixels = torch.randint(256, (plan.micro_batch, *shape), dtype=torch.uint8, generator=generator)
+            step.append(collate([ImageSample(p, 0, index + i, ()) for i, p in enumerate(pixels)]))
+            index += plan.micro_batch
+        yield step
+
+
+def hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return f"{name or platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def peak_bytes(device: torch.device) -> int:
+    """GPU: what tensors took. CPU: the process's largest resident set, interpreter and libraries included."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def measure(config: Config, world: World, steps: int, warmup: int, trace: Path | None = None) -> dict[str, Any]:
+    """The figures of one configuration. `trace`: also writes a Chrome trace of one more step."""
+    trainer = Trainer(config, world)
+    device, plan = world.device, trainer.plan
+    batches, matrix_rate = random_batches(config, trainer), MatrixRate(device, config.train.precision)
+
+    def step(batch: list[Batch]) -> float:
+        start = now(device)
+        _, result = trainer.step(batch)
+        seconds = now(device) - start
+        assert result.applied or config.train.precision == "fp16", "the gradient is not finite"
+        return seconds
+
+    for _ in range(warmup):
+        step(next(batches))
+    times, rates = [], [matrix_rate()]
+    for _ in range(steps):
+        times.append(step(next(batches)))
+        rates.append(matrix_rate())
+    peak = peak_bytes(device)
+
+    apart = []
+    for _ in range(steps):
+        batch = next(batches)
+        with taken_apart(trainer) as clock:
+            seconds = step(batch)
+        apart.append((seconds, clock.seconds))
+    instrumented, parts = sorted(apart, key=lambda pair: pair[0])[len(apart) // 2]
+    if trace:
+        write_trace(lambda: step(next(batches)), trace, device)
+
+    samples = plan.micro_batch * plan.accumulation
+    work = useful_work(config.model).total * samples
+    beside = [(before + after) / 2 for before, after in pairwise(rates)]
+    seconds = median(times)
+    trainer.engine.destroy()
+    return {
+        "seconds": seconds,
+        "seconds_each": times,
+        "parts": parts,
+        "instrumented_seconds": instrumented,
+        "images_per_s": samples * world.size / seconds,
+        "masked_views_per_s": samples * world.size * config.model.num_masks / seconds,
+        "tflop": work / 1e12,
+        "tflop_per_s": work / seconds / 1e12,
+        "matrix_tflop_per_s": median(rates) / 1e12,
+        "matrix_share": median(work / t / rate for t, rate in zip(times, beside, strict=True)),
+        "peak_gib": peak / GIB,
+        "precision": config.train.precision,
+        "micro_batch": plan.micro_batch,
+        "accumulation": plan.accumulation,
+        "ranks": world.size,
+        "hardware": hardware(device),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def write_trace(step: Callable[[], object], trace: Path, device: torch.device) -> None:
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+    with profile(activities=activities) as profiler:
+        step()
+    profiler.export_chrome_trace(str(trace))
+    print(profiler.key_averages().table(sort_by=f"self_{device.type}_time_total", row_limit=40), file=sys.stderr)
+
+
+def table(figures: dict[str, Any]) -> str:
+    """The same for people."""
+    whole = figures["instrumented_seconds"]
+    rows = [f"{part:20} {seconds:9.4f} s {seconds / whole:6.1%}" for part, seconds in figures["parts"].items()]
+    return "\n".join([
+        *rows,
+        f"{'taken apart, whole':20} {whole:9.4f} s",
+        f"{'step':20} {figures['seconds']:9.4f} s  {figures['images_per_s']:.4g} images/s, "
+        f"{figures['masked_views_per_s']:.4g} masked views/s",
+        f"{'matrix work':20} {figures['tflop_per_s']:9.4g} TFLOP/s a rank, {figures['matrix_share']:.1%} of the matrix "
+        f"rate of {figures['matrix_tflop_per_s']:.4g}",
+        f"{'peak memory':20} {figures['peak_gib']:9.2f} GiB a rank",
+    ])  # fmt: skip
+
+
+def rounded(value: Any) -> Any:
+    """Five significant digits are more than any of this is good for."""
+    if isinstance(value, dict):
+        return {key: rounded(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [rounded(v) for v in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser("benchmarks.step", description="Time a training step and its parts.")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--preset", default="image_base", help="a configuration of configs/pretrain, without .yaml")
+    parser.add_argument("--micro-batch", type=int, default=2, help="samples of a rank (train.batch_size accumulates)")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
+    parser.add_argument("--zero", type=int, choices=(0, 1, 2), default=0)
+    parser.add_argument("--threads", type=int, help="of torch on CPU")
+    parser.add_argument("--profile", type=Path, metavar="TRACE.json", help="also write a trace of one more step")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    args = parser.parse_intermixed_args()
+    if args.steps < 1:
+        parser.error("--steps must be at least 1")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    world = parallel.start()
+    ours = [
+        f"train.micro_batch={args.micro_batch}",
+        f"train.batch_size={args.micro_batch * world.size}",
+        f"train.precision={args.precision}",
+        f"train.deepspeed=ds_configs/zero{args.zero}.json",
+        f"train.threads={args.threads or 'null'}",
+    ]
+    try:
+        config = load(ROOT / "configs" / "pretrain" / f"{args.preset}.yaml", ours + args.overrides)
+        figures = measure(config, world, args.steps, args.warmup, args.profile)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        parallel.stop()
+    if world.is_main:
+        command = shlex.join(["python", "-m", "benchmarks.step", *sys.argv[1:]])
+        print(table(figures), file=sys.stderr)
+        print(json.dumps({"command": command, "preset": args.preset, "zero": args.zero} | rounded(figures)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What a pre-trained encoder is worth: frozen features, probes on them, and a picture of a run."""
