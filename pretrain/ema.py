@@ -105,10 +105,10 @@ class ShardedTeacher:
             master = student if student.dtype == torch.float32 else master_of.get(id(student))
             if master is None:
                 raise RuntimeError(f"no fp32 master found for {self._names[id(student)]}")
-            average = teacher.data if teacher.dtype == torch.float32 else teacher.data.float()
+            average = teacher.data.float()  # itself if it is fp32 already
             self.masters.append(master.data)
             self.averages.append(average)
-            if average is not teacher.data:
+            if teacher.dtype != torch.float32:
                 self._publish.append((teacher.data, average, None))
             self.pieces.append(Piece(self._names[id(teacher)], 0, average.view(-1)))
 

@@ -93,7 +93,7 @@ def build_engine(model: Data2Vec, config: Config, plan: BatchPlan, device: torch
         dist_init_required=False,
     )
     if engine.fp16_enabled() and not engine.zero_optimization():
-        engine.basic_optimizer.state.clear()  # this wrapper allocates Adam's state by a step, which would count as t = 1
+        engine.basic_optimizer.state.clear()  # this wrapper has allocated it by a step, which would count as t = 1
     return engine
 
 

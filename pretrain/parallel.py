@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
 from dataclasses import dataclass
@@ -41,11 +42,23 @@ def start() -> World:
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     # On CPU, DeepSpeed would compile a shared-memory collective here; a killed rank leaves its lock behind, on which
     # every later start waits for ever. gloo does without.
     deepspeed.ops.__compatible_ops__.pop("deepspeed_shm_comm", None)
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
     return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep large freed blocks for the next step rather than give them back and take page faults for new ones:
+    a tenth of a ViT-B step on two cores, at no more peak memory. Other C libraries are left as they are."""
+    mmap_threshold, trim_threshold = -3, -1  # the parameters' numbers in malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(mmap_threshold, 2**30)
+        mallopt(trim_threshold, 2**31 - 1)
 
 
 def stop() -> None:

@@ -1,7 +1,7 @@
 """A linear layer in fp32 on the CPU, by oneDNN where torch would ask MKL.
 
-MKL is a fifth slower on AMD processors, and adds the bias in a pass of its own. The plain twin is `torch.nn.Linear`, which
-this is on other devices, in other precisions, and in a torch without the operator.
+MKL is a fifth slower on AMD processors, and adds the bias in a pass of its own. The plain twin is `torch.nn.Linear`,
+which this is on other devices, in other precisions, and in a torch without the operator.
 """
 
 from __future__ import annotations
