@@ -102,6 +102,11 @@ class ModelConfig:
         return math.prod(self.grid_shape)
 
     @property
+    def unit(self) -> str:
+        """What samples are called."""
+        return {"image": "images"}[self.modality]
+
+    @property
     def loss_scale(self) -> float:
         return self.width**-0.5 if self.loss.scale is None else self.loss.scale
 

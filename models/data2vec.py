@@ -5,8 +5,8 @@ Shapes: B samples, M masks a sample, N = B*M rows, T positions, K kept positions
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -29,6 +29,7 @@ class Batch:
     inputs: Tensor  # image: (B, C, H, W), uint8 or already normalised floats
     ids_keep: Tensor  # (B*M, K) int64 ascending
     ids_mask: Tensor  # (B*M, T-K) int64 ascending
+    seeds: tuple[int, ...]  # (B,) what each sample's noise is drawn from
     failures: tuple[str, ...] = ()  # files that had to be replaced while loading
 
     @property
@@ -37,8 +38,14 @@ class Batch:
         return self.ids_mask.numel()
 
     def to(self, device: torch.device) -> Batch:
-        moved = {k: getattr(self, k).to(device, non_blocking=True) for k in ("inputs", "ids_keep", "ids_mask")}
-        return replace(self, **moved)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """DataLoader calls this by name; it does not look inside dataclasses."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return Batch(change(self.inputs), change(self.ids_keep), change(self.ids_mask), self.seeds, self.failures)
 
 
 class Output(NamedTuple):
@@ -124,7 +131,7 @@ class Data2Vec(nn.Module):
         """Student output (N, E+K, D) -> predictions (N, T-K, D) at the hidden positions."""
         config = self.config
         kept = encoded[:, config.extra_tokens :]
-        full = scatter_rows(kept, batch.ids_keep, config.positions, config.mask.noise_std)
+        full = scatter_rows(kept, batch.ids_keep, config.positions, config.mask.noise_std, batch.seeds)
         return self.decoder.proj(gather_rows(self.decoder(full), batch.ids_mask))
 
     def forward(self, batch: Batch) -> Output:

@@ -7,6 +7,7 @@ keyed by those four, so that neither workers, ranks nor restarts can change it, 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -34,11 +35,17 @@ def hash_u64(x: U64) -> U64:
     return x ^ (x >> np.uint64(31))
 
 
-def row_keys(seed: int, epochs: NDArray, samples: NDArray, num_masks: int) -> U64:
-    """(B*M,) one 64-bit key a row, from seed, epoch (B,), sample (B,) and mask number."""
+def sample_keys(seed: int, epochs: NDArray, samples: NDArray) -> U64:
+    """(B,) one 64-bit key a sample, from seed, epoch (B,) and sample (B,)."""
     key = hash_u64(np.full(1, seed, np.uint64) + _GOLDEN)
     for part in (np.asarray(epochs), np.asarray(samples)):
         key = hash_u64(key + _GOLDEN * (part.astype(np.uint64) + np.uint64(1)))
+    return key
+
+
+def row_keys(seed: int, epochs: NDArray, samples: NDArray, num_masks: int) -> U64:
+    """(B*M,) one 64-bit key a row, from seed, epoch (B,), sample (B,) and mask number."""
+    key = sample_keys(seed, epochs, samples)
     number = np.arange(1, num_masks + 1, dtype=np.uint64)
     return hash_u64(key[:, None] + _GOLDEN * number).reshape(-1)
 
@@ -89,9 +96,15 @@ def gather_rows(x: Tensor, ids: Tensor) -> Tensor:
     return x.gather(1, flat[..., None].expand(-1, -1, d)).view(*ids.shape, d)
 
 
-def scatter_rows(kept: Tensor, ids_keep: Tensor, length: int, noise_std: float) -> Tensor:
-    """(N, K, D) put back at their places among `length`; Gaussian noise everywhere else. -> (N, T, D)."""
+def scatter_rows(kept: Tensor, ids_keep: Tensor, length: int, noise_std: float, seeds: Sequence[int]) -> Tensor:
+    """(N, K, D) put back at their places among `length`; Gaussian noise everywhere else. -> (N, T, D).
+
+    The noise of a sample's M rows comes from its own seed, so that it does not depend on how samples are batched.
+    """
     n, _, d = kept.shape
-    full = kept.new_empty(n, length, d)
-    full = full.normal_(std=noise_std) if noise_std else full.zero_()
+    full = kept.new_zeros(n, length, d)
+    if noise_std:
+        generator = torch.Generator(kept.device)
+        for rows, seed in zip(full.chunk(len(seeds)), seeds, strict=True):
+            rows.normal_(std=noise_std, generator=generator.manual_seed(seed))
     return full.scatter_(1, ids_keep[..., None].expand(-1, -1, d), kept)

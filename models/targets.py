@@ -57,7 +57,7 @@ def moments(x: Tensor) -> Moments:
     """Moments of (..., D) over all but the last axis, in float64 so that ranks can be pooled exactly."""
     flat = x.detach().reshape(-1, x.shape[-1]).float()
     variance, mean = torch.var_mean(flat, dim=0, correction=0)
-    n = torch.tensor(flat.shape[0], dtype=torch.float64, device=x.device)
+    n = torch.full((), flat.shape[0], dtype=torch.float64, device=x.device)  # no copy from the host
     return Moments(n, mean.double(), variance.double() * n)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 
 from pretrain import parallel
@@ -31,14 +32,23 @@ def main() -> int:
             print(to_yaml(config), costs, sep="\n")
             return 0
         return train(config, parallel.start())
-    except (ConfigError, DataError, CheckpointError) as error:
+    except (ConfigError, CheckpointError) as error:
+        say(f"error: {error}")
+        return EXIT_BAD_INPUT
+    except DataError as error:  # of this rank alone, perhaps
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except Diverged as error:
-        print(f"stopped: {error}", file=sys.stderr)
+        say(f"stopped: {error}")
         return EXIT_DIVERGED
     finally:
         parallel.stop()
+
+
+def say(line: str) -> None:
+    """What all ranks have to say, once."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -15,16 +15,30 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from pretrain.config import Config, RunConfig, flat, to_yaml
 from pretrain.ema import ShardedTeacher
 from pretrain.parallel import World
 
 PARTIAL = ".partial-"
+# What may change between a run and its continuation.
+FREE = (
+    "run.",
+    "watch.",
+    "data.workers",
+    "data.path",
+    "data.max_",
+    "train.threads",
+    "train.micro_batch",
+    "train.deepspeed",
+)
+DAMAGED = (OSError, RuntimeError, KeyError, ValueError, EOFError, AssertionError, UnpicklingError, SafetensorError)
 
 
 class CheckpointError(RuntimeError):
@@ -38,6 +52,7 @@ class RunState:
     step: int = 0  # optimizer steps taken
     batches: int = 0  # global batches consumed; more than steps where fp16 had to skip
     failures: int = 0  # files that this rank could not decode
+    samples: int = 0  # in the data set; another number would be another stream
 
 
 def save(
@@ -50,7 +65,7 @@ def save(
 ) -> Path:
     """Writes the checkpoint of `state.step` and moves the pointer to it. Collective: every rank calls it."""
     name = f"step_{state.step:08d}"
-    failures = int(world.sum(torch.tensor(state.failures, device=world.device)))
+    failures = int(world.sum(torch.full((), state.failures, device=world.device)))
     partial, final = folder / (PARTIAL + name), folder / name
     if world.is_main:
         shutil.rmtree(partial, ignore_errors=True)
@@ -79,23 +94,27 @@ def save(
         partial.rename(final)
         _flush(folder)
         write_atomically(folder / "latest", name + "\n")
-        prune(folder, config.run)
+        prune(folder, name, config.run)
     _barrier(world)
     return final
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest complete checkpoint, or None if there is none yet."""
+    """The newest complete checkpoint, or None if there is none yet. CheckpointError if the pointer leads nowhere."""
     try:
-        return folder / (folder / "latest").read_text().strip()
+        newest = folder / (folder / "latest").read_text().strip()
     except FileNotFoundError:
         return None
+    if not (newest / "state.json").is_file():
+        there = ", ".join(path.name for path in sorted(folder.glob("step_*"))) or "none"
+        raise CheckpointError(f"{folder / 'latest'} names {newest.name}, which is not there; these are: {there}")
+    return newest
 
 
 def load(path: Path, engine: deepspeed.DeepSpeedEngine, teacher: ShardedTeacher, world: World) -> RunState:
     """Restores everything from a checkpoint of the same ZeRO stage, precision and number of ranks.
 
-    Raises CheckpointError if it was written by another layout or is damaged.
+    Raises CheckpointError if it was written by another layout, does not fit or is damaged.
     """
     try:
         meta = json.loads((path / "state.json").read_text())
@@ -107,28 +126,36 @@ def load(path: Path, engine: deepspeed.DeepSpeedEngine, teacher: ShardedTeacher,
                 f"{path} was written with {key}={meta[key]}, this run has {here}; use the same, or "
                 "start in a new run.dir"
             )
-    engine.load_checkpoint(str(path.parent), tag=path.name, custom_load_fn=_load_trained)
-    teacher.load(sorted(path.glob("teacher_*.safetensors")))
-    return RunState(meta["step"], meta["batches"], meta["failures"] if world.is_main else 0)
+    try:
+        loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name, custom_load_fn=_load_trained)
+        if loaded is None:
+            raise FileNotFoundError("no model states in it")
+        teacher.load(sorted(path.glob("teacher_*.safetensors")))
+        failures = meta["failures"] if world.is_main else 0
+        return RunState(meta["step"], meta["batches"], failures, meta["samples"])
+    except DAMAGED as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise CheckpointError(f"{path} is damaged ({reason}); write the name of an older one into latest") from None
 
 
-def prune(folder: Path, run: RunConfig) -> None:
-    """Deletes what neither keep_last nor keep_every holds on to, and what a kill left half-written."""
+def prune(folder: Path, newest: str, run: RunConfig) -> None:
+    """Deletes what neither keep_last nor keep_every holds on to, what a kill left half-written, and what lies after
+    `newest`: the future of a run that went on from an earlier step."""
     for path in folder.glob(PARTIAL + "*"):
         shutil.rmtree(path, ignore_errors=True)
     saved = sorted(folder.glob("step_*"))
-    for path in saved[: -run.keep_last]:
-        if not (run.keep_every and int(path.name.removeprefix("step_")) % run.keep_every == 0):
-            # Renamed first, so that a kill in between leaves rubbish, not a checkpoint that looks whole.
-            rubbish = path.rename(folder / (PARTIAL + path.name))
-            shutil.rmtree(rubbish, ignore_errors=True)
+    past = [path for path in saved if path.name <= newest]
+    every = [p for p in past if run.keep_every and int(p.name.removeprefix("step_")) % run.keep_every == 0]
+    for path in set(saved) - set(past[-run.keep_last :]) - set(every):
+        # Renamed first, so that a kill in between leaves rubbish, not a checkpoint that looks whole.
+        rubbish = path.rename(folder / (PARTIAL + path.name))
+        shutil.rmtree(rubbish, ignore_errors=True)
 
 
 def differences(old: Config, new: Config) -> list[str]:
     """Settings of the two that differ, as "key: old -> new"; where a run lives and how often it speaks aside."""
     before, after = flat(old), flat(new)
-    free = ("run.", "data.workers", "data.path", "train.threads", "train.micro_batch", "train.deepspeed")
-    return [f"{k}: {before[k]} -> {after[k]}" for k in after if before[k] != after[k] and not k.startswith(free)]
+    return [f"{k}: {before[k]} -> {after[k]}" for k in after if before[k] != after[k] and not k.startswith(FREE)]
 
 
 def write_atomically(path: Path, text: str) -> None:

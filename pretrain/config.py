@@ -22,7 +22,8 @@ class ConfigError(ValueError):
 @dataclass(frozen=True)
 class DataConfig:
     """`path`: class folders, a folder of images at any depth, tar shards or idx files; or `fetch:NAME` for a data set
-    that `pretrain.data.fetch` knows. Crop area and aspect ratio are drawn from the two ranges."""
+    that `pretrain.data.fetch` knows. Crop area and aspect ratio are drawn from the two ranges. The run stops when more
+    than `max_failed_share` of the samples read could not be decoded (and more than ten, unless the share is 0)."""
 
     path: str = ""
     split: str = "train"
@@ -87,11 +88,15 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class WatchConfig:
-    """Collapse: after `after_steps` the run stops if a deviation falls under its minimum (docs/method.md 1.10)."""
+    """The run stops if, after `after_steps`, a deviation falls under its minimum (docs/method.md 1.10); or at any time
+    if the gradient norm rises over `max_grad_norm` or fp16's loss scale falls under `min_loss_scale` (0: not watched).
+    """
 
     after_steps: int = 5000
     min_target_deviation: float = 0.0
     min_prediction_deviation: float = 0.0
+    max_grad_norm: float = 0.0
+    min_loss_scale: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -166,6 +171,8 @@ def check(config: Config) -> None:
         (train.micro_batch is None or train.micro_batch >= 1, "train.micro_batch must be at least 1, or null"),
         (run.log_every >= 1 and run.save_every >= 1, "run.log_every and run.save_every must be at least 1"),
         (run.keep_last >= 1, f"run.keep_last={run.keep_last} must be at least 1"),
+        (train.threads is None or train.threads >= 1, f"train.threads={train.threads} must be at least 1, or null"),
+        (data.max_pixels >= 1, f"data.max_pixels={data.max_pixels} must be at least 1"),
         (data.workers >= 0, f"data.workers={data.workers} must be 0 or more"),
         (0 < data.crop_scale[0] <= data.crop_scale[1] <= 1, f"data.crop_scale={data.crop_scale}: 0 < low <= high <= 1"),
         (0 < data.crop_ratio[0] <= data.crop_ratio[1], f"data.crop_ratio={data.crop_ratio}: 0 < low <= high"),
@@ -287,6 +294,8 @@ def _convert(kind: Any, value: Any, key: str, source: str) -> Any:
     try:
         if isinstance(value, bool):
             raise ValueError
+        if kind is int and isinstance(value, int):
+            return value
         number = float(value)
         if kind is int and number != int(number):
             raise ValueError

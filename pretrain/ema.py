@@ -43,14 +43,12 @@ class ShardedTeacher:
         self.pieces: list[Piece] = []
         self._publish: list[tuple[Tensor, Tensor, dist.ProcessGroup | None]] = []  # (target, average or shard, group)
         self._names = {id(p): name.removeprefix("teacher.") for name, p in model.named_parameters()}
-        pairs = [(student, teacher) for student, teacher in model.tracked()]
+        pairs = list(model.tracked())
         with torch.no_grad():
             if engine.zero_optimization_stage() in (1, 2):
                 self._adopt_flat_groups(engine.optimizer, pairs)
             else:
                 self._adopt_parameters(engine, pairs)
-        owned = sum(p.average.numel() for p in self.pieces)
-        self.owned_bytes = 4 * owned
 
     def update(self, decay: float) -> None:
         """teacher = decay * teacher + (1 - decay) * student (docs/method.md 1.9). At decay 1 nothing moves."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -10,16 +11,19 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from pretrain.config import Config
+
 
 class Recorder:
-    """Writes for the main rank; on the others every call does nothing.
+    """Writes for the main rank; the others only `note`.
 
     `metrics.jsonl` holds only what the run determines, so that after a kill and a resume the file is byte for byte that
     of a run never killed. Times are in `speed.jsonl`.
     """
 
-    def __init__(self, folder: Path, steps: int, step: int, active: bool) -> None:
-        self.steps, self.active = steps, active
+    def __init__(self, folder: Path, config: Config, step: int, active: bool) -> None:
+        self.config, self.active = config, active
+        self._log = folder / "log.txt"
         self._tty = sys.stdout.isatty()
         self._open_line = False
         self._since = (time.monotonic(), step)
@@ -27,28 +31,26 @@ class Recorder:
             return
         folder.mkdir(parents=True, exist_ok=True)
         self._files = {name: _reopen(folder / f"{name}.jsonl", step) for name in ("metrics", "speed")}
-        self._log = (folder / "log.txt").open("a", buffering=1)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
-    def record(
-        self, step: int, metrics: dict[str, float], samples_per_step: int, views_per_step: int, unit: str
-    ) -> None:
+    def record(self, step: int, metrics: dict[str, float]) -> None:
         """One line each for the screen, the JSONL files and TensorBoard."""
         if not self.active:
             return
         now = time.monotonic()
         seconds = (now - self._since[0]) / max(1, step - self._since[1])
         self._since = (now, step)
-        rates = {f"{unit}_per_s": samples_per_step / seconds, "views_per_s": views_per_step / seconds}
+        unit, steps, rate = self.config.model.unit, self.config.train.steps, self.config.train.batch_size / seconds
+        rates = {f"{unit}_per_s": rate, "views_per_s": rate * self.config.model.num_masks}
         speed = {"seconds_per_step": seconds} | rates
         self._write("metrics", step, metrics)
         self._write("speed", step, speed)
-        left = (self.steps - step) * seconds
+        left = (steps - step) * seconds
         m = metrics
         self._status(
-            f"step {step}/{self.steps}  loss {m['loss']:.4f}  lr {m['lr']:.2e}  ema {m['ema_decay']:.6g}  "
+            f"step {step}/{steps}  loss {m['loss']:.4f}  lr {m['lr']:.2e}  ema {m['ema_decay']:.6g}  "
             f"dev target {m['target_deviation']:.3f} pred {m['prediction_deviation']:.3f}  "
-            f"grad {m['grad_norm']:.3g}  {rates[f'{unit}_per_s']:.1f} {unit}/s  {rates['views_per_s']:.0f} views/s  "
+            f"grad {m['grad_norm']:.3g}  {rate:.1f} {unit}/s  {rates['views_per_s']:.0f} views/s  "
             f"{int(left // 3600)}:{int(left % 3600 // 60):02d}:{int(left % 60):02d} left"
         )
 
@@ -60,18 +62,18 @@ class Recorder:
             print()
             self._open_line = False
         print(text, flush=True)
-        self._log.write(time.strftime("%Y-%m-%d %H:%M:%S ") + text + "\n")
+        self.note(text)
 
     def note(self, text: str) -> None:
-        """For the log alone."""
-        if self.active:
-            self._log.write(time.strftime("%Y-%m-%d %H:%M:%S ") + text + "\n")
+        """For the log alone, from any rank."""
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        with self._log.open("a") as log:
+            log.write(time.strftime("%Y-%m-%d %H:%M:%S ") + text + "\n")
 
     def close(self) -> None:
         if self.active:
             for file in self._files.values():
                 file.close()
-            self._log.close()
             self._board.close()
 
     def _write(self, name: str, step: int, values: dict[str, float]) -> None:
@@ -85,15 +87,15 @@ class Recorder:
 
 
 def _reopen(path: Path, step: int) -> Any:
-    """Drops what a killed run wrote after its last checkpoint, then appends."""
+    """Drops what a killed run wrote after its last checkpoint, by truncation, then appends."""
     if path.exists():
-        kept = []
-        for line in path.read_text().splitlines():
+        size = 0
+        for line in path.read_bytes().splitlines(keepends=True):
             try:
-                if json.loads(line)["step"] > step:
+                if json.loads(line)["step"] > step or not line.endswith(b"\n"):
                     break
-            except (json.JSONDecodeError, KeyError):  # torn by the kill
+            except (ValueError, KeyError):  # torn by the kill
                 break
-            kept.append(line + "\n")
-        path.write_text("".join(kept))
+            size += len(line)
+        os.truncate(path, size)
     return path.open("a", buffering=1)

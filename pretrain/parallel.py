@@ -11,6 +11,8 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
+from pretrain.config import ConfigError
+
 
 @dataclass(frozen=True)
 class World:
@@ -41,7 +43,11 @@ def start() -> World:
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
+        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if here > gpus:
+            raise ConfigError(f"{here} ranks were started on a machine with {gpus} GPUs; start one a GPU")
         torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = False  # fp32 is to mean fp32
     else:
         keep_freed_memory()
     # On CPU, DeepSpeed would compile a shared-memory collective here; a killed rank leaves its lock behind, on which

@@ -1,4 +1,4 @@
-"""Signals and randomness: what a scheduler does to a run, and what a restart must not change."""
+"""Exit statuses and signals: what a run and a scheduler say to each other."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from models.masks import hash_u64
 from pretrain.parallel import World
 
 EXIT_BAD_INPUT = 2  # a config or data the run cannot start with
@@ -49,14 +48,8 @@ class StopRequest:
 
     def close(self) -> None:
         """Gives the signals back."""
+        if self._pending is not None:
+            self._pending.wait()
+            self._pending = None
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-
-
-def seed_micro_step(seed: int, batch: int, micro_step: int, rank: int) -> None:
-    """Restarts torch's generators as a pure function of where in the run we are, so that no state has to be saved."""
-    key = torch.tensor([seed, batch, micro_step, rank]).numpy().astype("uint64")
-    mixed = key[:1]
-    for part in (key[1:2], key[2:3], key[3:4]):
-        mixed = hash_u64(mixed + hash_u64(part + key.dtype.type(1)))
-    torch.manual_seed(int(mixed[0] >> key.dtype.type(1)))

@@ -16,16 +16,16 @@ from models.targets import Moments, deviation, pool
 from pretrain import checkpoint
 from pretrain.checkpoint import RunState
 from pretrain.config import BatchPlan, Config, ConfigError, batch_plan, load, to_yaml
-from pretrain.data.loader import build_loader
+from pretrain.data.loader import build_dataset, build_loader
 from pretrain.data.sources import DataError
 from pretrain.ema import ShardedTeacher
 from pretrain.engine import StepResult, build_engine, loss_scale, optimizer_step
 from pretrain.metrics import Recorder
 from pretrain.optim import ema_decay, learning_rate, set_hyperparameters
 from pretrain.parallel import World
-from pretrain.runtime import EXIT_RESUME, StopRequest, seed_micro_step
+from pretrain.runtime import EXIT_RESUME, StopRequest
 
-MAX_SKIPPED = 40  # fp16 steps in a row that may overflow; the scale halves at each
+TOLERATED = 10  # undecodable files that do not stop a run whose share of them is still a small number's noise
 
 
 class Diverged(RuntimeError):
@@ -75,8 +75,7 @@ class Trainer:
         """One optimizer step over this rank's share of a global batch, and the teacher's update after it."""
         config, world, state = self.config, self.world, self.state
         rows = config.train.batch_size * config.model.num_masks
-        masked = torch.tensor(sum(b.masked for b in micro_batches), device=world.device)
-        masked = world.sum(masked)
+        masked = world.sum(torch.full((), sum(b.masked for b in micro_batches), device=world.device))
         set_hyperparameters(
             self.engine.optimizer,
             learning_rate(state.step, config.optim, config.train.steps),
@@ -85,7 +84,6 @@ class Trainer:
         )
         sums = StepSums(torch.zeros((), device=world.device))
         for i, batch in enumerate(micro_batches):
-            seed_micro_step(config.train.seed, state.batches, i, world.rank)
             self.engine.set_gradient_accumulation_boundary(i + 1 == len(micro_batches))
             output: Output = self.engine(batch.to(world.device))
             loss = objective(output, config.model.loss, masked, rows)
@@ -141,39 +139,42 @@ def train(config: Config, world: World) -> int:
     if newest:
         trainer.state = checkpoint.load(newest, trainer.engine, trainer.teacher, world)
     state, steps = trainer.state, config.train.steps
-    recorder = Recorder(folder, steps, state.step, world.is_main)
+    recorder = Recorder(folder, config, state.step, world.is_main)
     if world.is_main:
         checkpoint.write_atomically(folder / "config.yaml", to_yaml(config))
     recorder.say(f"run folder {folder}: " + (f"resuming after step {state.step}" if newest else "starting"))
     stop = StopRequest(world)
 
-    def save() -> None:
-        path = checkpoint.save(checkpoints, trainer.engine, trainer.teacher, state, config, world)
-        recorder.note(f"saved {path}")
-
     try:
-        if state.step < steps:
-            batches = build_loader(config, trainer.plan, world, state.batches)
-        skipped, saved = 0, state.step
+        dataset = build_dataset(config)
+        if state.samples not in (0, len(dataset)):
+            raise ConfigError(
+                f"data.path={config.data.path} has {len(dataset)} samples, this run began with "
+                f"{state.samples}; give it the same data, or another run.dir"
+            )
+        state.samples = len(dataset)
+        batches = build_loader(dataset, config, trainer.plan, world, state.batches)
+        saved = state.step
         while state.step < steps:
             sums, result = trainer.step([next(batches) for _ in range(trainer.plan.accumulation)])
             for failure in sums.failures:
                 recorder.note(f"could not decode {failure}")
-            skipped = 0 if result.applied else skipped + 1
-            if skipped and (config.train.precision != "fp16" or skipped > MAX_SKIPPED):
+            if not result.applied and (config.train.precision != "fp16" or loss_scale(trainer.engine) <= 1):
                 raise Diverged(
-                    f"step {state.step + 1}: the gradient is not finite ({result.grad_norm}); nothing was "
-                    f"updated. {last_good(checkpoints)}"
+                    f"step {state.step + 1}: the gradient is not finite ({result.grad_norm}); nothing was updated. "
+                    f"{last_good(checkpoints)}"
                 )
-            if result.applied and (state.step % config.run.log_every == 0 or state.step == steps):
-                metrics = trainer.measure(sums, result)
-                unit = {"image": "images"}[config.model.modality]
-                batch = config.train.batch_size
-                recorder.record(state.step, metrics, batch, batch * config.model.num_masks, unit)
-                watch(config, state, metrics, world, checkpoints)
             stopping = stop.agreed()
-            if state.step > saved and (stopping or state.step % config.run.save_every == 0 or state.step == steps):
-                save()
+            logging = state.step % config.run.log_every == 0 or state.step == steps
+            saving = state.step > saved and (stopping or state.step % config.run.save_every == 0 or state.step == steps)
+            if result.applied and (logging or saving):
+                metrics = trainer.measure(sums, result)
+                watch(config, state, metrics, world, checkpoints)  # before it is saved, or even written down
+                if logging:
+                    recorder.record(state.step, metrics)
+            if saving:
+                path = checkpoint.save(checkpoints, trainer.engine, trainer.teacher, state, config, world)
+                recorder.note(f"saved {path}")
                 saved = state.step
             if stopping and state.step < steps:
                 name = stop.received.name if stop.received else "a signal on another rank"
@@ -192,6 +193,16 @@ def watch(config: Config, state: RunState, metrics: dict[str, float], world: Wor
     """Stops a run that has collapsed, gone to infinity, or cannot read its data."""
     if not math.isfinite(metrics["loss"]):
         raise Diverged(f"step {state.step}: the loss is {metrics['loss']}. {last_good(checkpoints)}")
+    if metrics["grad_norm"] > config.watch.max_grad_norm > 0:
+        raise Diverged(
+            f"step {state.step}: the gradient norm {metrics['grad_norm']:.4g} is over watch.max_grad_norm="
+            f"{config.watch.max_grad_norm}. {last_good(checkpoints)}"
+        )
+    if metrics.get("loss_scale", math.inf) < config.watch.min_loss_scale:
+        raise Diverged(
+            f"step {state.step}: the loss scale {metrics['loss_scale']:.4g} is under watch.min_loss_scale="
+            f"{config.watch.min_loss_scale}. {last_good(checkpoints)}"
+        )
     if state.step > config.watch.after_steps:
         for key, least in (
             ("target_deviation", config.watch.min_target_deviation),
@@ -202,12 +213,13 @@ def watch(config: Config, state: RunState, metrics: dict[str, float], world: Wor
                     f"step {state.step}: collapse, {key} {metrics[key]:.4g} is under watch.min_{key}={least}. "
                     f"{last_good(checkpoints)}"
                 )
-    failures = int(world.sum(torch.tensor(state.failures, device=world.device)))
+    failures = int(world.sum(torch.full((), state.failures, device=world.device)))
     seen = state.batches * config.train.batch_size
-    if failures > config.data.max_failed_share * seen and failures > 10:
+    share = config.data.max_failed_share
+    if failures > max(share * seen, TOLERATED if share else 0):
         raise DataError(
             f"{failures} files of {seen} read could not be decoded, more than "
-            f"data.max_failed_share={config.data.max_failed_share}; their names are in the run's log.txt"
+            f"data.max_failed_share={share}; their names are in the run's log.txt"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +14,16 @@ from safetensors import safe_open
 ROOT = Path(__file__).parent.parent
 TINY = "tests/tiny.yaml"
 TIMEOUT = 240
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def environment() -> dict[str, str]:
-    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
-    return clean | {"OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": str(ROOT / ".venv" / "torch_extensions")}
+    clean = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
+    return clean | {
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "TORCH_EXTENSIONS_DIR": str(ROOT / ".venv" / "torch_extensions"),
+    }
 
 
 def command(module: str, *args: str, ranks: int = 1) -> list[str]:
@@ -42,14 +48,13 @@ def start(module: str, *args: str, ranks: int = 1) -> subprocess.Popen[str]:
 
 def run(module: str, *args: str, ranks: int = 1, status: int | None = 0) -> subprocess.CompletedProcess[str]:
     """Runs to the end; fails with the program's own words if the exit status is not the expected one."""
-    done = subprocess.run(
-        command(module, *args, ranks=ranks),
-        cwd=ROOT,
-        env=environment(),
-        text=True,
-        capture_output=True,
-        timeout=TIMEOUT,
-    )
+    process = start(module, *args, ranks=ranks)
+    try:
+        out, err = process.communicate(timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # the launcher's ranks, too
+        raise
+    done = subprocess.CompletedProcess(process.args, process.returncode, out, err)
     if status is not None and done.returncode != status:
         raise AssertionError(f"exit status {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
     return done

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from models.config import ModelConfig
 from models.data2vec import Batch
-from models.masks import draw_block_masks, row_keys
+from models.masks import draw_block_masks, row_keys, sample_keys
 
 
 class Sample(Protocol):
@@ -31,7 +31,7 @@ class Sample(Protocol):
 
 
 class Collate:
-    """Runs in the loader's workers. Masks depend on (seed, epoch, sample, mask number) and on nothing else."""
+    """Runs in the loader's workers. Masks and noise depend on (seed, epoch, sample, mask) and on nothing else."""
 
     def __init__(self, model: ModelConfig, seed: int) -> None:
         self.model, self.seed = model, seed
@@ -42,4 +42,5 @@ class Collate:
         keys = row_keys(self.seed, epochs, indices, self.model.num_masks)
         masks = draw_block_masks(self.model.mask, keys, self.model.grid_shape)
         failures = tuple(failure for s in samples for failure in s.failures)
-        return Batch(torch.stack([s.inputs for s in samples]), masks.ids_keep, masks.ids_mask, failures)
+        seeds = tuple((sample_keys(self.seed, epochs, indices) >> np.uint64(1)).tolist())
+        return Batch(torch.stack([s.inputs for s in samples]), masks.ids_keep, masks.ids_mask, seeds, failures)

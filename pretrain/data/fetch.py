@@ -5,6 +5,7 @@ python -m pretrain.data.fetch fashion_mnist
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -58,7 +59,11 @@ def fetch(name: str) -> Path:
         raise DataError(f"fetching {name} needs apt-get and dpkg, which are not here; {by_hand}")
     print(f"fetching {name} (Debian package {known.package}) into {target}", flush=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+    lock = (target.parent / f".{name}.lock").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)  # other ranks wait here, and find it done
+    with lock, tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        if target.is_dir():
+            return target
         for commands in (["download"], ["update", "download"]):  # package lists may be missing or old
             for command in commands:
                 what = [known.package] if command == "download" else []
@@ -68,17 +73,14 @@ def fetch(name: str) -> Path:
         else:
             reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
             raise DataError(f"apt-get could not fetch {known.package}: {reason}; {by_hand}")
-        subprocess.run(["dpkg", "-x", packages[0].name, "."], cwd=scratch, check=True)
+        if subprocess.run(["dpkg", "-x", packages[0].name, "."], cwd=scratch).returncode:
+            raise DataError(f"dpkg could not unpack {packages[0].name}; {by_hand}")
         source = Path(scratch) / known.folder
         for file, digest in known.sha256.items():
             found = hashlib.sha256((source / file).read_bytes()).hexdigest()
             if found != digest:
                 raise DataError(f"{known.package}: {file} has sha256 {found}, expected {digest}; not used")
-        try:
-            source.rename(target)
-        except OSError:
-            if not target.is_dir():  # else another rank was faster
-                raise
+        source.rename(target)
     return target
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -38,7 +39,10 @@ def test_run_folder(tmp_path: Path) -> None:
 
 def test_deepspeed_launcher(tmp_path: Path) -> None:
     launcher = Path(sys.executable).with_name("deepspeed")
-    command = [str(launcher), "--num_gpus", "1", "--master_port", "29761", "--module", "pretrain", TINY]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [str(launcher), "--num_gpus", "1", "--master_port", port, "--module", "pretrain", TINY]
     done = subprocess.run(
         [*command, "train.steps=2", f"run.dir={tmp_path}"],
         cwd=ROOT,
@@ -86,6 +90,38 @@ def test_broken_files_are_named_and_replaced(tmp_path: Path, folder_of_images: P
     run(*arguments, f"run.dir={tmp_path / 'b'}", "data.max_failed_share=0.5", "data.workers=0")
     metrics = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in "ab"]
     assert metrics[0] == metrics[1]  # whatever the workers
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nothing_but_broken_files(tmp_path: Path, folder_of_images: Path, workers: int) -> None:
+    for path in folder_of_images.rglob("*.png"):
+        path.write_bytes(b"")
+    arguments = ("pretrain", TINY, f"data.path={folder_of_images}", f"run.dir={tmp_path}", f"data.workers={workers}")
+    done = run(*arguments, status=2)
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: 16 images in a row could not be")]
+    assert "Traceback" not in done.stderr
+
+
+def test_other_data_is_refused_on_resume(tmp_path: Path, folder_of_images: Path) -> None:
+    run("pretrain", TINY, "train.steps=2", f"data.path={folder_of_images}", f"run.dir={tmp_path / 'run'}")
+    done = run("pretrain", TINY, "train.steps=2", f"run.dir={tmp_path / 'run'}", status=2)
+    assert "has 10000 samples, this run began with 24" in done.stderr
+
+
+def test_a_damaged_checkpoint_is_one_line(tmp_path: Path) -> None:
+    run("pretrain", TINY, "train.steps=2", f"run.dir={tmp_path}")
+    teacher = next((tmp_path / "checkpoints").glob("step_*/teacher_00000.safetensors"))
+    teacher.write_bytes(teacher.read_bytes()[:-100])
+    done = run("pretrain", TINY, "train.steps=2", f"run.dir={tmp_path}", status=2)
+    assert "step_00000002 is damaged" in done.stderr and "Traceback" not in done.stderr
+    (tmp_path / "checkpoints" / "latest").write_text("step_00000001\n")
+    done = run("pretrain", TINY, "train.steps=2", f"run.dir={tmp_path}", status=2)
+    assert "names step_00000001, which is not there; these are: step_00000002" in done.stderr
+
+
+def test_thresholds_stop_the_run(tmp_path: Path) -> None:
+    done = run("pretrain", TINY, f"run.dir={tmp_path}", "watch.max_grad_norm=1e-3", status=3)
+    assert "the gradient norm" in done.stderr and "watch.max_grad_norm=0.001" in done.stderr
 
 
 def test_too_many_broken_files_stop_the_run(tmp_path: Path, folder_of_images: Path) -> None:

@@ -61,7 +61,7 @@ def replay(path: Path, stage: int, world: World) -> list[Row]:
         for k in range(len(golden["traj.loss"])):
             with spied(trainer, gradients if k == 0 else {}) as seen:
                 sums, result = trainer.step([batch_of(golden, "input." if k == 0 else f"traj.{k}.input.")])
-            trajectory.append((trainer.measure(sums, result), seen))
+            trajectory.append((trainer.measure(sums, result), seen[0]))
         if exempt:
             rows += first_step_losses(config.model, *trajectory[0], golden)
             rows += first_step_gradients(gradients, golden)
@@ -78,13 +78,14 @@ def replay(path: Path, stage: int, world: World) -> list[Row]:
 def batch_of(golden: dict[str, Tensor], prefix: str) -> Batch:
     mask = golden[prefix + "mask"].bool()
     n = len(mask)
-    return Batch(golden[prefix + "source"], (~mask).nonzero()[:, 1].view(n, -1), mask.nonzero()[:, 1].view(n, -1))
+    source, seeds = golden[prefix + "source"], (0,) * len(golden[prefix + "source"])  # the cases are without noise
+    return Batch(source, (~mask).nonzero()[:, 1].view(n, -1), mask.nonzero()[:, 1].view(n, -1), seeds)
 
 
 def first_step_forward(trainer: Trainer, golden: dict[str, Tensor]) -> list[Row]:
     """Features, targets and predictions, part by part, in the modules that the step below runs."""
     model = trainer.model
-    batch = batch_of(golden, "input.")
+    batch = batch_of(golden, "input.").to(trainer.world.device)
     extra = model.config.extra_tokens
     seen: dict[str, Tensor] = {}
 
@@ -110,7 +111,7 @@ def first_step_forward(trainer: Trainer, golden: dict[str, Tensor]) -> list[Row]
     for name, value in seen.items():
         expected = golden[f"out.{name}"]
         if name == "pred":  # ours exist only where the loss looks
-            expected = gather_rows(expected, batch.ids_mask)
+            expected = gather_rows(expected, batch.ids_mask.cpu())
         rows.append(Row(f"out.{name}", relative(value, expected), FORWARD))
     return rows
 
@@ -130,6 +131,8 @@ def first_step_losses(
         ("loss_sum.IMAGE_regression", float(output.regression.detach())),
     ]
     for name, value in terms:
+        if f"out.{name}" not in golden:  # a case without the class-token term
+            continue
         rows.append(Row(f"out.{name}", abs(value / float(golden[f"out.{name}"]) - 1), LOSS))
     return rows
 
@@ -156,14 +159,14 @@ def final_weights(trainer: Trainer, golden: dict[str, Tensor], label: str) -> li
             parameter = parameters[name]
             sharded = trainer.engine.zero_optimization() and owner == "student"
             value = safe_get_full_fp32_param(parameter) if sharded else parameter.detach()
-            difference = without_key_bias(name, value) - without_key_bias(name, expected)
+            difference = without_key_bias(name, value).cpu() - without_key_bias(name, expected)
             worst = max(worst, float(difference.abs().max()))
         rows.append(Row(prefix + "* (absolute)", worst, WEIGHTS))
     return rows
 
 
 @contextmanager
-def spied(trainer: Trainer, gradients: dict[str, Tensor]) -> Iterator[Output]:
+def spied(trainer: Trainer, gradients: dict[str, Tensor]) -> Iterator[list[Output]]:
     """Watches one `Trainer.step`: its model's output, and the gradients as the optimizer is about to get them."""
     seen: list[Output] = []
     hook = trainer.model.register_forward_hook(lambda module, args, output: seen.append(output))
@@ -178,27 +181,17 @@ def spied(trainer: Trainer, gradients: dict[str, Tensor]) -> Iterator[Output]:
 
     pretrain.train.optimizer_step = spy
     try:
-        yield _Late(seen)  # type: ignore[misc]
+        yield seen
     finally:
         pretrain.train.optimizer_step = original
         hook.remove()
-
-
-class _Late:
-    """The output of a forward pass that has not run yet when the name is bound."""
-
-    def __init__(self, seen: list[Output]) -> None:
-        self._seen = seen
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._seen[0], name)
 
 
 def relative(value: Tensor, expected: Tensor) -> float:
     """|value - expected| / |expected| in the Euclidean norm; shapes must agree."""
     if value.shape != expected.shape:
         raise AssertionError(f"shape {tuple(value.shape)}, expected {tuple(expected.shape)}")
-    return float((value.double() - expected.double()).norm() / expected.double().norm())
+    return float((value.double().cpu() - expected.double()).norm() / expected.double().norm())
 
 
 def without_key_bias(name: str, value: Tensor) -> Tensor:

@@ -41,7 +41,8 @@ def batch(config=TINY, samples=range(SAMPLES)):
         for s in samples
     ]
     keys = row_keys(1, np.zeros_like(samples), samples, config.num_masks)
-    return Batch(torch.stack(pixels), *draw_block_masks(config.mask, keys, config.grid_shape))
+    seeds = tuple(samples.tolist())
+    return Batch(torch.stack(pixels), *draw_block_masks(config.mask, keys, config.grid_shape), seeds)
 
 
 def model(config=TINY):
@@ -106,11 +107,22 @@ def test_gather_and_scatter_are_inverse():
     given = batch(samples=range(2))
     rows = x.repeat_interleave(TINY.num_masks, 0)
     kept = gather_rows(x, given.ids_keep)
-    full = scatter_rows(kept, given.ids_keep, 36, 0.0)
+    full = scatter_rows(kept, given.ids_keep, 36, 0.0, given.seeds)
     hidden = torch.zeros(6, 36, dtype=torch.bool).scatter_(1, given.ids_mask, True)
     assert torch.equal(full, rows.masked_fill(hidden[..., None], 0.0))
     full[torch.arange(6)[:, None], given.ids_mask] = gather_rows(x, given.ids_mask)
     assert torch.equal(full, rows)
+
+
+def test_noise_belongs_to_the_sample():
+    """However samples are batched; and it differs between samples and between a sample's masks."""
+    given, kept = batch(), torch.zeros(SAMPLES * TINY.num_masks, batch().ids_keep.shape[1], 5)
+    whole = scatter_rows(kept, given.ids_keep, 36, 1.0, given.seeds).chunk(SAMPLES)
+    for sample, rows in enumerate(whole):
+        alone = batch(samples=[sample])
+        assert torch.equal(scatter_rows(kept[: TINY.num_masks], alone.ids_keep, 36, 1.0, alone.seeds), rows)
+    noise = torch.cat(whole)[:, :, 0]
+    assert len({tuple(row.tolist()) for row in noise}) == SAMPLES * TINY.num_masks
 
 
 def test_the_decoder_gets_kept_outputs_and_noise_elsewhere():

@@ -44,7 +44,7 @@ def counted(config, samples=2):
     """(forward, forward and backward) operations of one sample, by looking at every matrix product that runs."""
     keys = row_keys(1, np.zeros(samples), np.arange(samples), config.num_masks)
     pixels = torch.randn(samples, 3, config.image.size, config.image.size)
-    batch = Batch(pixels, *draw_block_masks(config.mask, keys, config.grid_shape))
+    batch = Batch(pixels, *draw_block_masks(config.mask, keys, config.grid_shape), tuple(range(samples)))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # fused attention would recompute
         out = Data2Vec(config)(batch)
         forward = counter.get_total_flops()
