@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -45,13 +46,13 @@ class Recorder:
         speed = {"seconds_per_step": seconds} | rates
         self._write("metrics", step, metrics)
         self._write("speed", step, speed)
-        left = (steps - step) * seconds
+        left = int((steps - step) * seconds)
         m = metrics
         self._status(
-            f"step {step}/{steps}  loss {m['loss']:.4f}  lr {m['lr']:.2e}  ema {m['ema_decay']:.6g}  "
-            f"dev target {m['target_deviation']:.3f} pred {m['prediction_deviation']:.3f}  "
-            f"grad {m['grad_norm']:.3g}  {rate:.1f} {unit}/s  {rates['views_per_s']:.0f} views/s  "
-            f"{int(left // 3600)}:{int(left % 3600 // 60):02d}:{int(left % 60):02d} left"
+            f"step {step}/{steps}  {left // 3600}:{left % 3600 // 60:02d}:{left % 60:02d} left  loss {m['loss']:.4f}  "
+            f"lr {m['lr']:.2e}  ema {m['ema_decay']:.6g}  dev target {m['target_deviation']:.3f} "
+            f"pred {m['prediction_deviation']:.3f}  {rate:.1f} {unit}/s  {rates['views_per_s']:.0f} views/s  "
+            f"grad {m['grad_norm']:.3g}"
         )
 
     def say(self, text: str) -> None:
@@ -82,7 +83,9 @@ class Recorder:
             self._board.add_scalar(f"{name}/{key}", value, step)
 
     def _status(self, line: str) -> None:
-        print(f"\r\x1b[2K{line}" if self._tty else line, end="" if self._tty else "\n", flush=True)
+        if self._tty:  # one line that is written over; what does not fit would wrap and stay
+            line = f"\r\x1b[2K{line[: shutil.get_terminal_size().columns - 1]}"
+        print(line, end="" if self._tty else "\n", flush=True)
         self._open_line = self._tty
 
 

@@ -18,8 +18,13 @@ STEPS = 40
 COMMON = (TINY, f"train.steps={STEPS}", "run.save_every=3", "run.keep_last=2")
 
 
-def args(folder: Path, stage: int) -> tuple[str, ...]:
-    return (*COMMON, f"run.dir={folder}", f"train.deepspeed=ds_configs/zero{stage}.json")
+def args(folder: Path, stage: int, precision: str = "fp32") -> tuple[str, ...]:
+    return (
+        *COMMON,
+        f"run.dir={folder}",
+        f"train.deepspeed=ds_configs/zero{stage}.json",
+        f"train.precision={precision}",
+    )
 
 
 def assert_identical(folder: Path, reference: Path) -> None:
@@ -46,21 +51,24 @@ def progress(folder: Path) -> int:
         return 0
 
 
-@pytest.fixture(scope="module", params=[0, 1])
-def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
+@pytest.fixture(scope="module", params=[(0, "fp32"), (2, "bf16")], ids=str)
+def reference(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[tuple[int, str], Path]:
+    """(ZeRO stage, precision) and the folder of a run that was never stopped."""
     folder = tmp_path_factory.mktemp("reference") / "run"
-    run("pretrain", *args(folder, request.param))
+    run("pretrain", *args(folder, *request.param))
     assert progress(folder) == STEPS
     return request.param, folder
 
 
-def test_sigkill(tmp_path: Path, reference: tuple[int, Path]) -> None:
-    stage, expected = reference
+def test_sigkill(tmp_path: Path, reference: tuple[tuple[int, str], Path]) -> None:
+    mechanics, expected = reference
     folder = tmp_path / "run"
-    draw = random.Random(stage)
+    draw = random.Random(mechanics[0])
     killed_while_writing = 0
     for attempt in range(4):
-        process = start("pretrain", *args(folder, stage))
+        process = start("pretrain", *args(folder, *mechanics))
         seen = progress(folder)
         wait_for(lambda seen=seen: progress(folder) > seen + draw.randint(1, 4), process)
         if attempt % 2:  # in the middle of writing a checkpoint
@@ -69,22 +77,22 @@ def test_sigkill(tmp_path: Path, reference: tuple[int, Path]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
     assert killed_while_writing
-    run("pretrain", *args(folder, stage))
+    run("pretrain", *args(folder, *mechanics))
     assert_identical(folder, expected)
     assert not list((folder / "checkpoints").glob(".partial-*"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_polite_signal(tmp_path: Path, reference: tuple[int, Path], number: signal.Signals) -> None:
-    stage, expected = reference
+def test_polite_signal(tmp_path: Path, reference: tuple[tuple[int, str], Path], number: signal.Signals) -> None:
+    mechanics, expected = reference
     folder = tmp_path / "run"
-    process = start("pretrain", *args(folder, stage), "data.workers=1")
+    process = start("pretrain", *args(folder, *mechanics), "data.workers=1")
     wait_for(lambda: progress(folder) >= 5, process)
     os.killpg(process.pid, number)  # the loader's workers, too, as schedulers do
     out, _ = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 75, out
     assert f"{number.name}: saved after step" in out
-    run("pretrain", *args(folder, stage))
+    run("pretrain", *args(folder, *mechanics))
     assert_identical(folder, expected)
 
 
