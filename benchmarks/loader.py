@@ -26,7 +26,7 @@ from benchmarks.step import ROOT, hardware, rounded
 from models.config import ModelConfig
 from models.masks import draw_block_masks, row_keys
 from pretrain.config import Config, ConfigError, batch_plan, load
-from pretrain.data.loader import build_loader
+from pretrain.data.loader import build_dataset, build_loader
 from pretrain.data.sources import DataError
 from pretrain.parallel import World
 
@@ -49,7 +49,7 @@ def loading(config: Config, workers: int, seconds: float) -> dict[str, Any]:
     """Images a second with `workers` processes beside this one, from the moment that all of them deliver."""
     config = replace(config, data=replace(config.data, workers=workers))
     plan = batch_plan(config.train, ranks=1)
-    batches = build_loader(config, plan, World(0, 1, CPU), first_batch=0)
+    batches = build_loader(build_dataset(config), config, plan, World(0, 1, CPU), first_batch=0)
     for _ in range(2 * workers + 1):  # the loader fetches two batches a worker ahead
         next(batches)
     images, start, cpu = 0, time.perf_counter(), time.process_time()

@@ -135,26 +135,25 @@ def train(config: Config, world: World) -> int:
     newest = checkpoint.latest(checkpoints)
     if newest:
         refuse_other_experiment(newest, config)
+    dataset = build_dataset(config)
     trainer = Trainer(config, world)
     if newest:
         trainer.state = checkpoint.load(newest, trainer.engine, trainer.teacher, world)
     state, steps = trainer.state, config.train.steps
+    if state.samples not in (0, len(dataset)):
+        raise ConfigError(
+            f"data.path={config.data.path} has {len(dataset)} samples, this run began with {state.samples}; give it "
+            "the same data, or another run.dir"
+        )
+    state.samples = len(dataset)
     recorder = Recorder(folder, config, state.step, world.is_main)
     if world.is_main:
         checkpoint.write_atomically(folder / "config.yaml", to_yaml(config))
     recorder.say(f"run folder {folder}: " + (f"resuming after step {state.step}" if newest else "starting"))
     stop = StopRequest(world)
-
+    batches = build_loader(dataset, config, trainer.plan, world, state.batches)
+    saved = state.step
     try:
-        dataset = build_dataset(config)
-        if state.samples not in (0, len(dataset)):
-            raise ConfigError(
-                f"data.path={config.data.path} has {len(dataset)} samples, this run began with "
-                f"{state.samples}; give it the same data, or another run.dir"
-            )
-        state.samples = len(dataset)
-        batches = build_loader(dataset, config, trainer.plan, world, state.batches)
-        saved = state.step
         while state.step < steps:
             sums, result = trainer.step([next(batches) for _ in range(trainer.plan.accumulation)])
             for failure in sums.failures:
@@ -185,6 +184,7 @@ def train(config: Config, world: World) -> int:
         recorder.say(f"finished {steps} steps; checkpoint {checkpoint.latest(checkpoints)}")
         return 0
     finally:
+        batches.close()
         stop.close()
         recorder.close()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import torch
 from torch.utils.data import DataLoader
@@ -36,10 +36,10 @@ def build_dataset(config: Config) -> ImageDataset:
 
 def build_loader(
     dataset: ImageDataset, config: Config, plan: BatchPlan, world: World, first_batch: int
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Micro-batches of this rank from global batch `first_batch` on, on the host (pinned if there is a GPU).
 
-    Iterating raises DataError, in one line, for data that cannot be read.
+    Iterating raises DataError, in one line, for data that cannot be read. Close it to end its workers.
     """
     loader = DataLoader(
         dataset,
@@ -49,10 +49,14 @@ def build_loader(
         pin_memory=world.device.type == "cuda",
         worker_init_fn=_prepare_worker,
     )
+    batches = iter(loader)
     try:
-        yield from loader
+        yield from batches
     except DataError as error:  # a worker's comes with its traceback as text, the message last
         raise DataError(str(error).strip().splitlines()[-1].rpartition("DataError: ")[2]) from None
+    finally:
+        if config.data.workers:  # which ignore the SIGTERM that would end them at the interpreter's exit
+            batches._shutdown_workers()  # type: ignore[attr-defined]
 
 
 def _prepare_worker(_: int) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from models.data2vec import Batch
 from pretrain import parallel
 from pretrain.config import load
-from pretrain.data.loader import build_loader
+from pretrain.data.loader import build_dataset, build_loader
 from pretrain.engine import loss_scale
 from pretrain.optim import ema_decay
 from pretrain.train import Trainer
@@ -59,7 +59,7 @@ def scenario(stage: int, precision: str, world: parallel.World, folder: Path) ->
     overrides = [f"train.precision={precision}", f"train.deepspeed=ds_configs/zero{stage}.json", "train.micro_batch=2"]
     config = load("tests/tiny.yaml", overrides)
     trainer = Trainer(config, world)
-    batches = build_loader(config, trainer.plan, world, 0)
+    batches = build_loader(build_dataset(config), config, trainer.plan, world, 0)
     expected = {n: p.detach().float().clone() for n, p in trainer.model.teacher.named_parameters()}
     starts_equal = all(torch.equal(expected[n], v) for n, v in full_student(trainer).items())
 
