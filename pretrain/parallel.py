@@ -59,7 +59,8 @@ def start() -> World:
 
 def keep_freed_memory() -> None:
     """Has glibc keep large freed blocks for the next step rather than give them back and take page faults for new ones:
-    some percent of a ViT-B step on two cores (benchmarks/README.md), at no more peak memory. Other C libraries are left as they are."""
+    some percent of a ViT-B step on two cores (benchmarks/README.md), at no more peak memory. Other C libraries are left
+    as they are."""
     mmap_threshold, trim_threshold = -3, -1  # the parameters' numbers in malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
