@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from models.config import ModelConfig
 from models.data2vec import Encoder
 from pretrain.checkpoint import CheckpointError, latest
 from pretrain.config import Config, ConfigError, load
+from pretrain.data.collate import Sample
 from pretrain.data.image import ImageDataset
 
 Array = NDArray[np.float32]
@@ -203,12 +204,7 @@ def extract_each(
     return [np.concatenate(part) for part in parts]
 
 
-class HasPixels(Protocol):
-    @property
-    def inputs(self) -> Tensor: ...
-
-
-def stack_pixels(samples: Sequence[HasPixels]) -> Tensor:
+def stack_pixels(samples: Sequence[Sample]) -> Tensor:
     """-> (B, C, H, W) uint8."""
     return torch.stack([sample.inputs for sample in samples])
 

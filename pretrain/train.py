@@ -160,15 +160,14 @@ def train(config: Config, world: World) -> int:
                 recorder.note(f"could not decode {failure}")
             if not result.applied and (config.train.precision != "fp16" or loss_scale(trainer.engine) <= 1):
                 raise Diverged(
-                    f"step {state.step + 1}: the gradient is not finite ({result.grad_norm}); nothing was updated. "
-                    f"{last_good(checkpoints)}"
+                    f"step {state.step + 1}: the gradient is not finite ({result.grad_norm}); nothing was updated."
                 )
             stopping = stop.agreed()
             logging = state.step % config.run.log_every == 0 or state.step == steps
             saving = state.step > saved and (stopping or state.step % config.run.save_every == 0 or state.step == steps)
             if result.applied and (logging or saving):
                 metrics = trainer.measure(sums, result)
-                watch(config, state, metrics, world, checkpoints)  # before it is saved, or even written down
+                watch(config, state, metrics, world)  # before it is saved, or even written down
                 if logging:
                     recorder.record(state.step, metrics)
             if saving:
@@ -183,25 +182,27 @@ def train(config: Config, world: World) -> int:
                 return EXIT_RESUME
         recorder.say(f"finished {steps} steps; checkpoint {checkpoint.latest(checkpoints)}")
         return 0
+    except Diverged as error:
+        raise Diverged(f"{error} {last_good(checkpoints)}") from None
     finally:
         batches.close()
         stop.close()
         recorder.close()
 
 
-def watch(config: Config, state: RunState, metrics: dict[str, float], world: World, checkpoints: Path) -> None:
+def watch(config: Config, state: RunState, metrics: dict[str, float], world: World) -> None:
     """Stops a run that has collapsed, gone to infinity, or cannot read its data."""
     if not math.isfinite(metrics["loss"]):
-        raise Diverged(f"step {state.step}: the loss is {metrics['loss']}. {last_good(checkpoints)}")
+        raise Diverged(f"step {state.step}: the loss is {metrics['loss']}.")
     if metrics["grad_norm"] > config.watch.max_grad_norm > 0:
         raise Diverged(
             f"step {state.step}: the gradient norm {metrics['grad_norm']:.4g} is over watch.max_grad_norm="
-            f"{config.watch.max_grad_norm}. {last_good(checkpoints)}"
+            f"{config.watch.max_grad_norm}."
         )
     if metrics.get("loss_scale", math.inf) < config.watch.min_loss_scale:
         raise Diverged(
             f"step {state.step}: the loss scale {metrics['loss_scale']:.4g} is under watch.min_loss_scale="
-            f"{config.watch.min_loss_scale}. {last_good(checkpoints)}"
+            f"{config.watch.min_loss_scale}."
         )
     if state.step > config.watch.after_steps:
         for key, least in (
@@ -210,8 +211,7 @@ def watch(config: Config, state: RunState, metrics: dict[str, float], world: Wor
         ):
             if metrics[key] < least:
                 raise Diverged(
-                    f"step {state.step}: collapse, {key} {metrics[key]:.4g} is under watch.min_{key}={least}. "
-                    f"{last_good(checkpoints)}"
+                    f"step {state.step}: collapse, {key} {metrics[key]:.4g} is under watch.min_{key}={least}."
                 )
     failures = int(world.sum(torch.full((), state.failures, device=world.device)))
     seen = state.batches * config.train.batch_size
