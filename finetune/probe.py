@@ -28,12 +28,13 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import normalize
 from torch import Tensor
 
-from finetune.features import WEIGHTS, Array, FrozenEncoder, Progress, Represent, extract_each, find, load_encoder
+from finetune.features import WEIGHTS, Array, FrozenEncoder, Represent, extract_each, find, load_encoder
 from pretrain.checkpoint import CheckpointError, write_atomically
 from pretrain.config import Config, ConfigError
 from pretrain.data.fetch import resolve
 from pretrain.data.image import ImageDataset
 from pretrain.data.sources import DataError, ImageSource, open_images
+from pretrain.progress import Progress
 
 Labels = NDArray[np.int64]
 Count = int | str  # of labels; ALL for as many as there are
