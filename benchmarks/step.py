@@ -88,8 +88,7 @@ def taken_apart(trainer: Trainer) -> Iterator[Clock]:
     """Times the parts of the steps made inside."""
     clock, model = Clock(trainer.world.device), trainer.model
     places = [
-        (model.student.local, "features", "local features"),
-        (model.teacher.local, "features", "local features"),
+        *((encoder.local, "forward", "local features") for encoder in (model.student, model.teacher) if encoder.local),
         (model.teacher, "context", "teacher"),
         *((block, "forward", "teacher") for block in model.teacher.blocks),
         (model.student, "forward", "student forward"),

@@ -58,8 +58,8 @@ class FrozenEncoder:
         Raises IndexError if there is no such block.
         """
         last = range(self.config.depth)[layer]
-        x = self.encoder.context(self.encoder.local.features(pixels.to(self.device)))
-        for output, _ in islice(self.encoder.layers(x), last + 1):
+        x, bias = self.encoder.context(self.encoder.local(pixels.to(self.device)))
+        for output, _ in islice(self.encoder.layers(x, bias), last + 1):
             x = output
         positions = x[:, self.config.extra_tokens :]
         return Features(positions, positions.mean(dim=1))

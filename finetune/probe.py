@@ -246,7 +246,7 @@ def centre_crops(source: ImageSource, config: Config) -> ImageDataset:
         size=image.size,
         seed=config.train.seed,
         channels=image.channels,
-        max_pixels=config.data.max_pixels,
+        max_pixels=config.data.image.max_pixels,
         train=False,
     )
 

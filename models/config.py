@@ -22,9 +22,40 @@ class ImageConfig:
 
 
 @dataclass(frozen=True)
+class AudioConfig:
+    """16 kHz waveform in, 50 frames a second out. `kernels` and `strides` are those of the local encoder's convolutions,
+    `channels` their width; `position_*` the stack of convolutions that relative positions come from. `seconds`: the
+    longest clip."""
+
+    seconds: float = 20.0
+    channels: int = 512
+    kernels: tuple[int, ...] = (10, 3, 3, 3, 3, 2, 2)
+    strides: tuple[int, ...] = (5, 2, 2, 2, 2, 2, 2)
+    position_layers: int = 5
+    position_kernel: int = 19
+    position_groups: int = 16
+
+    def frames(self, samples: int) -> int:
+        """How many frames the convolutions make of `samples` (0 or less: too short for one)."""
+        for kernel, stride in zip(self.kernels, self.strides, strict=True):
+            samples = (samples - kernel) // stride + 1
+        return samples
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Token ids in. `tokens` is the length of a block, `pad` the id whose embedding stays zero."""
+
+    vocabulary: int = 50_265
+    tokens: int = 512
+    pad: int = 1
+
+
+@dataclass(frozen=True)
 class MaskConfig:
     """Block masks. `prob` is the share of hidden positions, `adjust` makes up for blocks that overlap, `length` is a
-    block's edge. With `inverse` the blocks are what stays visible. `noise_std`: the decoder's filling."""
+    block's edge (1: positions one by one). With `inverse` the blocks are what stays visible. `noise_std`: the decoder's
+    filling."""
 
     prob: float = 0.8
     adjust: float = 0.07
@@ -39,13 +70,15 @@ class MaskConfig:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Grouped convolutions over the full length, then a projection to the encoder's width."""
+    """Grouped convolutions over the full length, then a projection to the encoder's width: one Linear, or with
+    `projection_layers` 2 a Linear to twice the decoder's width, GELU, Linear."""
 
     width: int = 768
     groups: int = 16
     kernel: int = 3
     layers: int = 6
     residual: bool = True
+    projection_layers: int = 1
 
 
 @dataclass(frozen=True)
@@ -75,6 +108,21 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
+class DropoutConfig:
+    """Of the student while it trains: after attention's projection (`residual`), on attention's weights, on the MLP's
+    output behind the target, on the prenet's input, on kept positions on their way into the decoder, on text's
+    embeddings. `layer` is the probability that a whole main block is left out of a micro-step, on all ranks alike."""
+
+    residual: float = 0.0
+    attention: float = 0.0
+    mlp: float = 0.0
+    prenet: float = 0.0
+    decoder: float = 0.0
+    embedding: float = 0.0
+    layer: float = 0.0
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     modality: str = "image"
     width: int = 768
@@ -86,25 +134,45 @@ class ModelConfig:
     extra_tokens: int = 1
     num_masks: int = 16
     image: ImageConfig = field(default_factory=ImageConfig)
+    audio: AudioConfig = field(default_factory=AudioConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    dropout: DropoutConfig = field(default_factory=DropoutConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     targets: TargetConfig = field(default_factory=TargetConfig)
     loss: LossConfig = field(default_factory=LossConfig)
 
+    def grid(self, length: int) -> tuple[int, ...]:
+        """Positions along each axis of inputs whose last axis has `length` pixels, waveform samples or tokens."""
+        if self.modality == "image":
+            return (length // self.image.patch, length // self.image.patch)
+        return (self.audio.frames(length) if self.modality == "audio" else length,)
+
+    @property
+    def length(self) -> int:
+        """The last axis of the largest inputs."""
+        sizes = {"image": self.image.size, "audio": round(self.audio.seconds * RATE), "text": self.text.tokens}
+        return sizes[self.modality]
+
     @property
     def grid_shape(self) -> tuple[int, ...]:
-        """Positions along each axis of the input that masks and the decoder's convolutions see."""
-        return (self.image.grid, self.image.grid)
+        """Positions along each axis of the largest inputs."""
+        return self.grid(self.length)
 
     @property
     def positions(self) -> int:
-        """T, the number of positions of one sample."""
+        """T, the number of positions of the largest sample."""
         return math.prod(self.grid_shape)
 
     @property
     def unit(self) -> str:
         """What samples are called."""
-        return {"image": "images"}[self.modality]
+        return {"image": "images", "audio": "clips", "text": "blocks"}[self.modality]
+
+    @property
+    def sample_size(self) -> int:
+        """What the largest sample takes of `train.batch_size`, which counts waveform samples for audio."""
+        return self.length if self.modality == "audio" else 1
 
     @property
     def loss_scale(self) -> float:
@@ -113,13 +181,23 @@ class ModelConfig:
 
 def problems(config: ModelConfig) -> list[str]:
     """Every reason why this model cannot be built, one sentence each; empty if it can."""
-    image, mask, decoder = config.image, config.mask, config.decoder
+    image, audio, text, mask, decoder = config.image, config.audio, config.text, config.mask, config.decoder
+    if config.modality not in MODALITIES:
+        return [f"model.modality={config.modality!r}: know {', '.join(MODALITIES)}"]
     found = [
         f"model.{name}={value} must be at least {least}"
         for name, value, least in (
             *((name, getattr(config, name), 1) for name in ("width", "heads", "depth", "num_masks")),
             *((name, getattr(config, name), 0) for name in ("prenet_depth", "extra_tokens", "mlp_ratio", "norm_eps")),
             *((f"image.{name}", getattr(image, name), 1) for name in ("size", "patch", "channels")),
+            *(
+                (f"audio.{name}", getattr(audio, name), 1)
+                for name in ("channels", "position_kernel", "position_groups")
+            ),
+            *((f"audio.{name}", min(getattr(audio, name), default=0), 1) for name in ("kernels", "strides")),
+            ("audio.position_layers", audio.position_layers, 0),
+            *((f"text.{name}", getattr(text, name), 1) for name in ("vocabulary", "tokens")),
+            ("text.pad", text.pad, 0),
             *((f"decoder.{name}", getattr(decoder, name), 1) for name in ("width", "groups", "kernel")),
             ("decoder.layers", decoder.layers, 0),
             ("mask.length", mask.length, 1),
@@ -129,17 +207,12 @@ def problems(config: ModelConfig) -> list[str]:
         )
         if not value >= least
     ]
+    if len(audio.kernels) != len(audio.strides):
+        found.append(f"model.audio has {len(audio.kernels)} kernels for {len(audio.strides)} strides; one each a layer")
     if found:
         return found  # what follows divides by these
     rules = [
-        (config.modality in MODALITIES, f"model.modality={config.modality!r}: know {', '.join(MODALITIES)}"),
         (config.width % config.heads == 0, f"model.width={config.width} does not divide by model.heads={config.heads}"),
-        (config.width % 4 == 0, f"model.width={config.width} must divide by 4 for 2-D sin-cos positions"),
-        (image.size % image.patch == 0, f"model.image.size={image.size} does not divide by its patch={image.patch}"),
-        (
-            len(image.mean) == len(image.std) == image.channels and all(std > 0 for std in image.std),
-            f"model.image.mean and std need {image.channels} values each, one a channel, std positive",
-        ),
         (
             0 < mask.prob < 1 and 0 < mask.hidden(config.positions) < config.positions,
             f"model.mask.prob={mask.prob} must hide at least one of {config.positions} positions and leave one",
@@ -150,13 +223,42 @@ def problems(config: ModelConfig) -> list[str]:
             f"model.decoder.groups={decoder.groups}",
         ),
         (decoder.kernel % 2 == 1, f"model.decoder.kernel={decoder.kernel} must be odd"),
+        (decoder.projection_layers in (1, 2), f"model.decoder.projection_layers={decoder.projection_layers}: 1 or 2"),
         (
             1 <= config.targets.top_k_layers <= config.depth,
             f"model.targets.top_k_layers={config.targets.top_k_layers} must be 1 to model.depth={config.depth}",
         ),
         (config.loss.cls == 0 or config.extra_tokens > 0, "model.loss.cls > 0 needs model.extra_tokens >= 1"),
+        (config.extra_tokens == 0 or config.modality == "image", "model.extra_tokens are for images; set it to 0"),
+        *(
+            (0 <= share < 1, f"model.dropout.{name}={share} must lie in [0, 1)")
+            for name, share in vars(config.dropout).items()
+        ),
     ]
+    if config.modality == "image":
+        rules += [
+            (config.width % 4 == 0, f"model.width={config.width} must divide by 4 for 2-D sin-cos positions"),
+            (
+                image.size % image.patch == 0,
+                f"model.image.size={image.size} does not divide by its patch={image.patch}",
+            ),
+            (
+                len(image.mean) == len(image.std) == image.channels and all(std > 0 for std in image.std),
+                f"model.image.mean and std need {image.channels} values each, one a channel, std positive",
+            ),
+        ]
+    if config.modality == "audio":
+        rules += [
+            (audio.position_kernel % 2 == 1, f"model.audio.position_kernel={audio.position_kernel} must be odd"),
+            (
+                config.width % audio.position_groups == 0,
+                f"model.width={config.width} must divide by model.audio.position_groups={audio.position_groups}",
+            ),
+        ]
+    if config.modality == "text":
+        rules.append((text.pad < text.vocabulary, f"model.text.pad={text.pad} is no id below {text.vocabulary}"))
     return [sentence for ok, sentence in rules if not ok]
 
 
-MODALITIES = ("image",)
+MODALITIES = ("image", "audio", "text")
+RATE = 16_000  # of every waveform, in samples a second

@@ -5,32 +5,58 @@ Shapes: B samples, M masks a sample, N = B*M rows, T positions, K kept positions
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.alibi import Alibi
+from models.audio import RelativePositions, WaveformEncoder
 from models.config import ModelConfig
 from models.decoder import Decoder
 from models.encoder import Block, init_linear
-from models.image import ImageFrontEnd
+from models.fused.attention import Bias
+from models.image import PatchEmbedding, SinCosPositions
 from models.masks import gather_rows, scatter_rows
 from models.targets import Moments, moments, normalise_layer, normalise_mean, summed_loss
+from models.text import InFeatures, TokenEmbedding
 
-FRONT_ENDS = {"image": ImageFrontEnd}
+
+class FrontEnd(NamedTuple):
+    """What makes a modality.
+
+    `local(config)(inputs, lengths)` -> features (B, T, D), once a sample; `positions(config)(features, ids_keep)` ->
+    (N, K, D), what the encoder sees of them. The teacher averages a local encoder of its own, or is `given` the
+    student's features. `context_norm`: the norm before the blocks exists even where there is no prenet.
+    """
+
+    local: type[nn.Module]
+    positions: type[nn.Module]
+    given: bool
+    alibi: bool
+    context_norm: bool
+
+
+FRONT_ENDS = {
+    "image": FrontEnd(PatchEmbedding, SinCosPositions, given=False, alibi=False, context_norm=True),
+    "audio": FrontEnd(WaveformEncoder, RelativePositions, given=True, alibi=True, context_norm=True),
+    "text": FrontEnd(TokenEmbedding, InFeatures, given=True, alibi=False, context_norm=False),
+}
 
 
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch. Rows of the masks are sample-major: row b*M + m is mask m of sample b."""
 
-    inputs: Tensor  # image: (B, C, H, W), uint8 or already normalised floats
+    inputs: Tensor  # image: (B, C, H, W), uint8 or already normalised; audio: (B, samples); text: (B, T) ids
     ids_keep: Tensor  # (B*M, K) int64 ascending
     ids_mask: Tensor  # (B*M, T-K) int64 ascending
     seeds: tuple[int, ...]  # (B,) what each sample's noise is drawn from
     failures: tuple[str, ...] = ()  # files that had to be replaced while loading
+    lengths: Tensor | None = None  # (B,) positions that are no padding, which is at the end; None: all
 
     @property
     def masked(self) -> int:
@@ -45,7 +71,8 @@ class Batch:
         return self._each(lambda tensor: tensor.pin_memory())
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        return Batch(change(self.inputs), change(self.ids_keep), change(self.ids_mask), self.seeds, self.failures)
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: change(tensor) for name, tensor in tensors.items()})
 
 
 class Output(NamedTuple):
@@ -58,42 +85,73 @@ class Output(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """Front end, extra tokens, context norm, prenet and main blocks: the student, and again the teacher."""
+    """Local encoder, positions, extra tokens, context norm, prenet and main blocks: the student; and again the teacher,
+    without a local encoder if it is `given` the student's features."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, given: bool = False) -> None:
         super().__init__()
-        self.local = FRONT_ENDS[config.modality](config)
-        self.extra_tokens = nn.Parameter(torch.randn(1, config.extra_tokens, config.width))
-        self.context_norm = nn.LayerNorm(config.width, eps=config.norm_eps)  # also with an empty prenet
-
-        def stack(depth: int) -> nn.ModuleList:
-            blocks = (Block(config.width, config.heads, config.mlp_ratio, config.norm_eps) for _ in range(depth))
-            return nn.ModuleList(blocks)
-
-        self.prenet = stack(config.prenet_depth)
-        self.blocks = stack(config.depth)
+        front = FRONT_ENDS[config.modality]
+        self.local = None if given else front.local(config)
+        self.positions = front.positions(config)
+        self.alibi = Alibi(config.heads) if front.alibi else None
+        self.extra_tokens = None
+        if config.extra_tokens:
+            self.extra_tokens = nn.Parameter(torch.randn(1, config.extra_tokens, config.width))
+        self.context_norm: nn.Module = nn.Identity()
+        if config.prenet_depth or front.context_norm:
+            self.context_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.context_dropout = nn.Dropout(config.dropout.prenet)
+        self.prenet = nn.ModuleList(Block(config) for _ in range(config.prenet_depth))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         init_linear(self.prenet)
         init_linear(self.blocks)
 
-    def context(self, features: Tensor, ids_keep: Tensor | None = None) -> Tensor:
-        """Local features (B, T, D) -> input of the main blocks (N, E+K, D), or (B, E+T, D) without masks."""
-        x = self.local.keep(features, ids_keep)
-        x = torch.cat([self.extra_tokens.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
-        x = self.context_norm(x)
+    def context(
+        self, features: Tensor, ids_keep: Tensor | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Bias | None]:
+        """Local features (B, T, D) -> input of the main blocks (N, E+K, D), or (B, E+T, D) without masks; and what
+        all blocks add to attention's logits."""
+        bias = self.bias(features, ids_keep, lengths)
+        x = self.positions(features, ids_keep)
+        if self.extra_tokens is not None:
+            x = torch.cat([self.extra_tokens.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
+        x = self.context_dropout(self.context_norm(x))
         for block in self.prenet:
-            x, _ = block(x)
-        return x
+            x, _ = block(x, bias)
+        return x, bias
 
-    def layers(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """(output, MLP output) of each main block in turn, so that no caller has to keep them all."""
-        for block in self.blocks:
-            x, ffn = block(x)
-            yield x, ffn
+    def bias(self, features: Tensor, ids_keep: Tensor | None, lengths: Tensor | None) -> Bias | None:
+        """ALiBi between the kept positions, and -inf where they are padding."""
+        if self.alibi is None and lengths is None:
+            return None
+        ids = torch.arange(features.shape[1], device=features.device)[None] if ids_keep is None else ids_keep
+        padding = None
+        if lengths is not None:
+            per_row = lengths if ids_keep is None else lengths.repeat_interleave(len(ids_keep) // len(lengths))
+            padding = ids >= per_row[:, None]
+            if self.extra_tokens is not None:
+                padding = F.pad(padding, (self.extra_tokens.shape[1], 0))
+        return self.alibi(ids, padding) if self.alibi is not None else Bias(padding=padding)
 
-    def forward(self, inputs: Tensor, ids_keep: Tensor | None = None) -> Tensor:
-        """Inputs -> final output (N, E+K, D)."""
-        x = self.context(self.local.features(inputs), ids_keep)
-        for output, _ in self.layers(x):
+    def layers(
+        self, x: Tensor, bias: Bias | None = None, dropped: Collection[int] = ()
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """(output, MLP output) of each main block in turn but the `dropped`, so that no caller has to keep them all."""
+        for i, block in enumerate(self.blocks):
+            if i not in dropped:
+                x, ffn = block(x, bias)
+                yield x, ffn
+
+    def forward(
+        self,
+        features: Tensor,
+        ids_keep: Tensor | None = None,
+        lengths: Tensor | None = None,
+        dropped: Collection[int] = (),
+    ) -> Tensor:
+        """Local features -> final output (N, E+K, D)."""
+        x, bias = self.context(features, ids_keep, lengths)
+        for output, _ in self.layers(x, bias, dropped):
             x = output
         return x
 
@@ -106,21 +164,38 @@ class Data2Vec(nn.Module):
         self.config = config
         self.student = Encoder(config)
         self.decoder = Decoder(config)
-        self.teacher = Encoder(config).requires_grad_(False)
-        self.teacher.load_state_dict(self.student.state_dict())
+        self.decoder_dropout = nn.Dropout(config.dropout.decoder)
+        self.teacher = Encoder(config, FRONT_ENDS[config.modality].given).requires_grad_(False).eval()
+        student = dict(self.student.named_parameters())
+        with torch.no_grad():
+            for name, parameter in self.teacher.named_parameters():
+                parameter.copy_(student[name])
+
+    def train(self, mode: bool = True) -> Data2Vec:
+        """The teacher stays in evaluation mode."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
 
     def tracked(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
         """(student parameter, teacher parameter) of everything that the teacher averages."""
-        yield from zip(self.student.parameters(), self.teacher.parameters(), strict=True)
+        student = dict(self.student.named_parameters())
+        for name, parameter in self.teacher.named_parameters():
+            yield student[name], parameter
 
     @torch.no_grad()
-    def targets(self, inputs: Tensor) -> Tensor:
-        """Contextualised targets (B, T, D) in fp32 from the full input: the mean over the top blocks, normalised."""
+    def targets(self, inputs: Tensor, features: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Contextualised targets (B, T, D) in fp32 from the full input: the mean over the top blocks, normalised.
+
+        `features` are the student's, which the teacher takes unless it has a local encoder of its own.
+        """
         config, extra = self.config.targets, self.config.extra_tokens
         first = self.config.depth - config.top_k_layers
         total: Tensor | None = None
-        x = self.teacher.context(self.teacher.local.features(inputs))
-        for i, (_, ffn) in enumerate(self.teacher.layers(x)):
+        if self.teacher.local is not None:
+            features = self.teacher.local(inputs, lengths)
+        x, bias = self.teacher.context(features, lengths=lengths)
+        for i, (_, ffn) in enumerate(self.teacher.layers(x, bias)):
             if i >= first:
                 layer = normalise_layer(ffn[:, extra:], config)
                 total = layer if total is None else total.add_(layer)
@@ -130,15 +205,20 @@ class Data2Vec(nn.Module):
     def predict(self, encoded: Tensor, batch: Batch) -> Tensor:
         """Student output (N, E+K, D) -> predictions (N, T-K, D) at the hidden positions."""
         config = self.config
-        kept = encoded[:, config.extra_tokens :]
-        full = scatter_rows(kept, batch.ids_keep, config.positions, config.mask.noise_std, batch.seeds)
+        kept = self.decoder_dropout(encoded[:, config.extra_tokens :])
+        length = batch.ids_keep.shape[1] + batch.ids_mask.shape[1]
+        full = scatter_rows(kept, batch.ids_keep, length, config.mask.noise_std, batch.seeds)
         return self.decoder.proj(gather_rows(self.decoder(full), batch.ids_mask))
 
-    def forward(self, batch: Batch) -> Output:
-        """One micro-batch: targets from the teacher's full view, predictions from M masked views, their distance."""
+    def forward(self, batch: Batch, seed: int = 0) -> Output:
+        """One micro-batch: targets from the teacher's full view, predictions from M masked views, their distance.
+
+        `seed` chooses the blocks that layer drop leaves out; give the same to all ranks.
+        """
         loss, scale = self.config.loss, self.config.loss_scale
-        targets = self.targets(batch.inputs)
-        encoded = self.student(batch.inputs, batch.ids_keep)
+        features = self.student.local(batch.inputs, batch.lengths)
+        targets = self.targets(batch.inputs, features, batch.lengths)
+        encoded = self.student(features, batch.ids_keep, batch.lengths, self.dropped_blocks(seed))
         prediction = self.predict(encoded, batch)
         target = gather_rows(targets, batch.ids_mask)
 
@@ -149,3 +229,11 @@ class Data2Vec(nn.Module):
             mean = targets.mean(dim=1).repeat_interleave(self.config.num_masks, dim=0)
             cls = summed_loss(token, mean, loss.beta, scale)
         return Output(regression, cls, moments(prediction), moments(target))
+
+    def dropped_blocks(self, seed: int) -> frozenset[int]:
+        """The main blocks that this micro-step leaves out, each with probability `dropout.layer`."""
+        share = self.config.dropout.layer
+        if not (self.training and share):
+            return frozenset()
+        draws = torch.rand(self.config.depth, generator=torch.Generator().manual_seed(seed))
+        return frozenset((draws < share).nonzero().flatten().tolist())

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.config import ModelConfig
+from models.convolution import conv_norm_gelu
+from models.encoder import init_linear
 from models.fused.linear import Linear
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d}
@@ -15,11 +16,7 @@ CONV = {1: nn.Conv1d, 2: nn.Conv2d}
 
 class Decoder(nn.Module):
     """`layers` x {grouped convolution -> LayerNorm over channels, no affine -> GELU, + input where widths agree}, then
-    a Linear to D (docs/method.md 1.4).
-
-    Activations stay (N, T, C) throughout. The convolution sees a permuted view of that, which is exactly the
-    channels-last layout it is fastest in, so nothing is ever transposed in memory.
-    """
+    a projection to D (docs/method.md 1.4)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -32,13 +29,18 @@ class Decoder(nn.Module):
             conv(c_in, c_out, decoder.kernel, padding=decoder.kernel // 2, groups=decoder.groups)
             for c_in, c_out in pairwise(widths)
         )
-        self.proj = Linear(widths[-1], config.width)  # with PyTorch's own initialisation, as docs/method.md 2 has it
+        self.proj: nn.Module
+        if decoder.projection_layers == 1:
+            self.proj = Linear(widths[-1], config.width)  # initialised as PyTorch does (docs/method.md 2)
+        else:
+            wide = 2 * widths[-1]
+            self.proj = nn.Sequential(Linear(widths[-1], wide), nn.GELU(), Linear(wide, config.width))
+            init_linear(self.proj)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, T, D) -> (N, T, C), everything but the projection, which is wanted at hidden positions only."""
-        n, t, _ = x.shape
+        shape = self.grid_shape if len(self.grid_shape) > 1 else (x.shape[1],)
         for conv in self.convs:
-            y = conv(x.view(n, *self.grid_shape, -1).movedim(-1, 1)).movedim(1, -1).reshape(n, t, -1)
-            y = F.gelu(F.layer_norm(y, y.shape[-1:]))
+            y = conv_norm_gelu(conv, x, shape)
             x = x + y if self.residual and x.shape == y.shape else y
         return x

@@ -5,23 +5,24 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.config import ModelConfig
+from models.fused.attention import Bias, attention
 from models.fused.linear import Linear
 
 
 class Attention(nn.Module):
     """Multi-head self-attention with one fused qkv projection. (N, T, D) -> (N, T, D)."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.dropout = heads, dropout
         self.qkv = Linear(width, 3 * width)
         self.proj = Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: Bias | None) -> Tensor:
         n, t, d = x.shape
-        q, k, v = self.qkv(x).view(n, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).reshape(n, t, d))
+        qkv = self.qkv(x).view(n, t, 3, self.heads, d // self.heads)
+        return self.proj(attention(qkv, bias, self.dropout if self.training else 0.0))
 
 
 class Mlp(nn.Module):
@@ -37,19 +38,22 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """A post-norm block. Returns its output and, before the residual, the MLP output that targets are made of."""
+    """A post-norm block. Returns its output and, before dropout and residual, the MLP output that targets are made
+    of."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, norm_eps: float) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.attn = Attention(width, heads)
-        self.norm1 = nn.LayerNorm(width, eps=norm_eps)
-        self.mlp = Mlp(width, int(width * mlp_ratio))
-        self.norm2 = nn.LayerNorm(width, eps=norm_eps)
+        width, dropout = config.width, config.dropout
+        self.attn = Attention(width, config.heads, dropout.attention)
+        self.norm1 = nn.LayerNorm(width, eps=config.norm_eps)
+        self.mlp = Mlp(width, int(width * config.mlp_ratio))
+        self.norm2 = nn.LayerNorm(width, eps=config.norm_eps)
+        self.attn_dropout, self.mlp_dropout = nn.Dropout(dropout.residual), nn.Dropout(dropout.mlp)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.norm1(x + self.attn(x))
+    def forward(self, x: Tensor, bias: Bias | None = None) -> tuple[Tensor, Tensor]:
+        x = self.norm1(x + self.attn_dropout(self.attn(x, bias)))
         ffn = self.mlp(x)
-        return self.norm2(x + ffn), ffn
+        return self.norm2(x + self.mlp_dropout(ffn)), ffn
 
 
 def init_linear(module: nn.Module) -> None:

@@ -9,14 +9,8 @@ from models.config import ModelConfig
 from models.masks import gather_rows
 
 
-class ImageFrontEnd(nn.Module):
-    """Patch embedding: one convolution whose kernel and stride are the patch, then fixed 2-D sin-cos positions.
-
-    A front end answers two questions, and a new modality is a new class that answers them:
-    `features(inputs)` -> (B, T, D), once per sample; `keep(features, ids_keep)` -> (N, K, D), what the encoder sees.
-    """
-
-    positions: Tensor
+class PatchEmbedding(nn.Module):
+    """One convolution whose kernel and stride are the patch."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -26,18 +20,26 @@ class ImageFrontEnd(nn.Module):
         # Not buffers: an engine that casts the module to bf16 would round the mean 123.675 to 123.5.
         self.mean = 255 * torch.tensor(image.mean).view(-1, 1, 1)
         self.std = 255 * torch.tensor(image.std).view(-1, 1, 1)
-        self.register_buffer("positions", sincos_positions(config.width, image.grid), persistent=False)
 
-    def features(self, pixels: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor, lengths: Tensor | None = None) -> Tensor:
         """(B, C, H, W) -> (B, T, D). uint8 pixels are normalised here, floats are taken as they are."""
         if pixels.dtype == torch.uint8:
             self.mean, self.std = self.mean.to(pixels.device), self.std.to(pixels.device)  # moves once
             pixels = (pixels - self.mean) / self.std
         return self.proj(pixels.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
 
-    def keep(self, features: Tensor, ids_keep: Tensor | None) -> Tensor:
-        """(B, T, D) and (B*M, K) -> (B*M, K, D) with positions added; all T positions without ids."""
-        features = features + self.positions.to(features.dtype)
+
+class SinCosPositions(nn.Module):
+    """Fixed 2-D sin-cos positions, added before what is kept is taken."""
+
+    table: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.register_buffer("table", sincos_positions(config.width, config.image.grid), persistent=False)
+
+    def forward(self, features: Tensor, ids_keep: Tensor | None) -> Tensor:
+        features = features + self.table.to(features.dtype)
         return features if ids_keep is None else gather_rows(features, ids_keep)
 
 

@@ -65,7 +65,9 @@ def draw_block_masks(config: MaskConfig, keys: U64, shape: tuple[int, ...]) -> M
     positions = math.prod(shape)
     chosen = positions - config.hidden(positions) if config.inverse else config.hidden(positions)
     share = 1 - config.prob if config.inverse else config.prob
-    blocks = int(positions * (share + config.adjust) / config.length ** len(shape))
+    blocks = 0  # blocks of single positions would only repeat what the last step does
+    if config.length > 1:
+        blocks = int(positions * (share + config.adjust) / config.length ** len(shape))
     words = random_words(keys, blocks + positions)
 
     centre = ((words[:, :blocks] >> np.uint64(32)) * np.uint64(positions) >> np.uint64(32)).astype(np.int64)
@@ -96,8 +98,10 @@ def gather_rows(x: Tensor, ids: Tensor) -> Tensor:
     return x.gather(1, flat[..., None].expand(-1, -1, d)).view(*ids.shape, d)
 
 
-def scatter_rows(kept: Tensor, ids_keep: Tensor, length: int, noise_std: float, seeds: Sequence[int]) -> Tensor:
-    """(N, K, D) put back at their places among `length`; Gaussian noise everywhere else. -> (N, T, D).
+def scatter_rows(
+    kept: Tensor, ids_keep: Tensor, length: int, noise_std: float = 0.0, seeds: Sequence[int] = ()
+) -> Tensor:
+    """(N, K, D) put back at their places among `length`; Gaussian noise, or zero, everywhere else. -> (N, T, D).
 
     The noise of a sample's M rows comes from its own seed, so that it does not depend on how samples are batched.
     """

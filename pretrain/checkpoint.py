@@ -33,7 +33,8 @@ FREE = (
     "watch.",
     "data.workers",
     "data.path",
-    "data.max_",
+    "data.max_failed_share",
+    "data.image.max_pixels",
     "train.threads",
     "train.micro_batch",
     "train.deepspeed",
@@ -51,7 +52,8 @@ class RunState:
 
     step: int = 0  # optimizer steps taken
     batches: int = 0  # global batches consumed; more than steps where fp16 had to skip
-    failures: int = 0  # files that this rank could not decode
+    read: int = 0  # samples that this rank has been through
+    failures: int = 0  # of them, those whose file could not be decoded
     samples: int = 0  # in the data set; another number would be another stream
 
 
@@ -65,7 +67,7 @@ def save(
 ) -> Path:
     """Writes the checkpoint of `state.step` and moves the pointer to it. Collective: every rank calls it."""
     name = f"step_{state.step:08d}"
-    failures = int(world.sum(torch.full((), state.failures, device=world.device)))
+    read, failures = world.sum(torch.tensor([state.read, state.failures], device=world.device)).tolist()
     partial, final = folder / (PARTIAL + name), folder / name
     if world.is_main:
         shutil.rmtree(partial, ignore_errors=True)
@@ -76,6 +78,7 @@ def save(
         teacher.save(partial / f"teacher_{world.rank:05d}.safetensors")
     if world.is_main:
         meta = asdict(state) | {
+            "read": read,
             "failures": failures,
             "ranks": world.size,
             "zero_stage": engine.zero_optimization_stage(),
@@ -131,8 +134,8 @@ def load(path: Path, engine: deepspeed.DeepSpeedEngine, teacher: ShardedTeacher,
         if loaded is None:
             raise FileNotFoundError("no model states in it")
         teacher.load(sorted(path.glob("teacher_*.safetensors")))
-        failures = meta["failures"] if world.is_main else 0
-        return RunState(meta["step"], meta["batches"], failures, meta["samples"])
+        read, failures = (meta["read"], meta["failures"]) if world.is_main else (0, 0)
+        return RunState(meta["step"], meta["batches"], read, failures, meta["samples"])
     except DAMAGED as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise CheckpointError(f"{path} is damaged ({reason}); write the name of an older one into latest") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
-from models.config import ModelConfig, problems
+from models.config import RATE, ModelConfig, problems
 
 
 class ConfigError(ValueError):
@@ -20,19 +21,36 @@ class ConfigError(ValueError):
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """`path`: class folders, a folder of images at any depth, tar shards or idx files; or `fetch:NAME` for a data set
-    that `pretrain.data.fetch` knows. Crop area and aspect ratio are drawn from the two ranges. The run stops when more
-    than `max_failed_share` of the samples read could not be decoded (and more than ten, unless the share is 0)."""
+class ImageDataConfig:
+    """Crop area and aspect ratio are drawn from the two ranges."""
 
-    path: str = ""
-    split: str = "train"
-    workers: int = 4
     crop_scale: tuple[float, float] = (0.2, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
     max_pixels: int = 178_956_970
+
+
+@dataclass(frozen=True)
+class AudioDataConfig:
+    """Shorter clips are left out. `pool` clips at a time are sorted by length and cut into batches."""
+
+    min_seconds: float = 2.0
+    pool: int = 4096
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """`path`: images (class folders, a folder at any depth, tar shards, idx files), recordings (a folder at any depth,
+    LibriSpeech's tree, a tab-separated manifest) or a tokenised corpus; or `fetch:NAME` for a data set that
+    `pretrain.data.fetch` knows. The run stops when more than `max_failed_share` of the samples read could not be
+    decoded (and more than ten, unless the share is 0)."""
+
+    path: str = ""
+    split: str = "train"
+    workers: int = 4
     max_failed_share: float = 0.01
+    image: ImageDataConfig = field(default_factory=ImageDataConfig)
+    audio: AudioDataConfig = field(default_factory=AudioDataConfig)
 
 
 @dataclass(frozen=True)
@@ -63,7 +81,8 @@ class EmaConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     """`batch_size` is global, whatever the ranks. `micro_batch` is a rank's share of one forward pass (None: all of its
-    share); accumulation follows. `precision`: fp32, bf16 or fp16. `deepspeed`: a JSON of mechanics."""
+    share); accumulation follows. Both count images, or blocks of text; of speech, waveform samples that a batch of equally
+    long clips may have at most, and there `micro_batch` decides which clips meet. `precision`: fp32, bf16 or fp16. `deepspeed`: a JSON of mechanics."""
 
     steps: int = 375_300
     batch_size: int = 256
@@ -156,6 +175,7 @@ def check(config: Config) -> None:
     """Raises ConfigError naming every setting that cannot work."""
     found = problems(config.model)
     optim, train, data, run = config.optim, config.train, config.data, config.run
+    image, audio = data.image, data.audio
     rules = [
         (optim.lr > 0, f"optim.lr={optim.lr} must be positive"),
         (all(0 <= b < 1 for b in optim.betas), f"optim.betas={optim.betas} must lie in [0, 1)"),
@@ -172,12 +192,31 @@ def check(config: Config) -> None:
         (run.log_every >= 1 and run.save_every >= 1, "run.log_every and run.save_every must be at least 1"),
         (run.keep_last >= 1, f"run.keep_last={run.keep_last} must be at least 1"),
         (train.threads is None or train.threads >= 1, f"train.threads={train.threads} must be at least 1, or null"),
-        (data.max_pixels >= 1, f"data.max_pixels={data.max_pixels} must be at least 1"),
         (data.workers >= 0, f"data.workers={data.workers} must be 0 or more"),
-        (0 < data.crop_scale[0] <= data.crop_scale[1] <= 1, f"data.crop_scale={data.crop_scale}: 0 < low <= high <= 1"),
-        (0 < data.crop_ratio[0] <= data.crop_ratio[1], f"data.crop_ratio={data.crop_ratio}: 0 < low <= high"),
-        (0 <= data.flip <= 1, f"data.flip={data.flip} must lie in [0, 1]"),
+        (
+            0 < image.crop_scale[0] <= image.crop_scale[1] <= 1,
+            f"data.image.crop_scale={image.crop_scale}: 0 < low <= high <= 1",
+        ),
+        (0 < image.crop_ratio[0] <= image.crop_ratio[1], f"data.image.crop_ratio={image.crop_ratio}: 0 < low <= high"),
+        (0 <= image.flip <= 1, f"data.image.flip={image.flip} must lie in [0, 1]"),
+        (image.max_pixels >= 1, f"data.image.max_pixels={image.max_pixels} must be at least 1"),
+        (audio.pool >= 1, f"data.audio.pool={audio.pool} must be at least 1"),
     ]
+    if config.model.modality == "audio" and not found:
+        shortest, longest = audio.min_seconds, config.model.audio.seconds
+        frames = config.model.audio.frames(int(shortest * RATE))
+        rules += [
+            (shortest <= longest, f"data.audio.min_seconds={shortest} is longer than model.audio.seconds={longest}"),
+            (
+                0 < config.model.mask.hidden(frames) < frames,
+                f"data.audio.min_seconds={shortest}: of {frames} frames none could be hidden or none be left",
+            ),
+            (
+                train.micro_batch is not None and train.micro_batch >= config.model.length,
+                f"train.micro_batch={train.micro_batch} must be given for speech, in waveform samples, at least those of "
+                f"one clip of model.audio.seconds={longest}: {config.model.length}",
+            ),
+        ]
     found += [sentence for ok, sentence in rules if not ok]
     if found:
         raise ConfigError("; ".join(found))
@@ -191,8 +230,7 @@ def batch_plan(train: TrainConfig, ranks: int) -> BatchPlan:
     if ranks < 1:
         raise ConfigError(f"{ranks} ranks cannot train anything; at least 1")
     if train.batch_size % ranks:
-        fits = [r for r in range(1, train.batch_size + 1) if train.batch_size % r == 0]
-        near = sorted(sorted(fits, key=lambda r: abs(r - ranks))[:4])
+        near = nearest_divisors(train.batch_size, ranks, 4)
         raise ConfigError(
             f"train.batch_size={train.batch_size} does not divide over {ranks} ranks; "
             f"{', '.join(map(str, near))} ranks would, or a batch of {max(1, round(train.batch_size / ranks)) * ranks}"
@@ -200,12 +238,18 @@ def batch_plan(train: TrainConfig, ranks: int) -> BatchPlan:
     share = train.batch_size // ranks
     micro = train.micro_batch or share
     if share % micro:
-        sizes = [str(m) for m in range(1, share + 1) if share % m == 0]
+        sizes = nearest_divisors(share, micro, 8)
         raise ConfigError(
-            f"train.micro_batch={micro} does not divide a rank's share of {share} samples "
-            f"({train.batch_size} over {ranks} ranks); these do: {', '.join(sizes)}"
+            f"train.micro_batch={micro} does not divide a rank's share of {share} "
+            f"({train.batch_size} over {ranks} ranks); these do: {', '.join(map(str, sizes))}"
         )
     return BatchPlan(ranks, micro, share // micro)
+
+
+def nearest_divisors(number: int, to: int, count: int) -> list[int]:
+    """At most `count` divisors of `number`, those nearest to `to`, ascending."""
+    low = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted(sorted({*low, *(number // d for d in low)}, key=lambda d: abs(d - to))[:count])
 
 
 def to_yaml(config: Config) -> str:

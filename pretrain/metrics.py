@@ -22,26 +22,27 @@ class Recorder:
     of a run never killed. Times are in `speed.jsonl`.
     """
 
-    def __init__(self, folder: Path, config: Config, step: int, active: bool) -> None:
+    def __init__(self, folder: Path, config: Config, step: int, read: int, active: bool) -> None:
         self.config, self.active = config, active
         self._log = folder / "log.txt"
         self._tty = sys.stdout.isatty()
         self._open_line = False
-        self._since = (time.monotonic(), step)
+        self._since = (time.monotonic(), step, read)
         if not active:
             return
         folder.mkdir(parents=True, exist_ok=True)
         self._files = {name: _reopen(folder / f"{name}.jsonl", step) for name in ("metrics", "speed")}
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
-    def record(self, step: int, metrics: dict[str, float]) -> None:
-        """One line each for the screen, the JSONL files and TensorBoard."""
+    def record(self, step: int, metrics: dict[str, float], read: int) -> None:
+        """One line each for the screen, the JSONL files and TensorBoard. `read`: samples so far, over all ranks."""
         if not self.active:
             return
         now = time.monotonic()
         seconds = (now - self._since[0]) / max(1, step - self._since[1])
-        self._since = (now, step)
-        unit, steps, rate = self.config.model.unit, self.config.train.steps, self.config.train.batch_size / seconds
+        rate = (read - self._since[2]) / (now - self._since[0])
+        self._since = (now, step, read)
+        unit, steps = self.config.model.unit, self.config.train.steps
         rates = {f"{unit}_per_s": rate, "views_per_s": rate * self.config.model.num_masks}
         speed = {"seconds_per_step": seconds} | rates
         self._write("metrics", step, metrics)

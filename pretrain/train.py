@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import deepspeed
+import numpy as np
 import torch
 from torch import Tensor
 
 from models.config import LossConfig
 from models.data2vec import Batch, Data2Vec, Output
+from models.masks import row_keys
 from models.targets import Moments, deviation, pool
 from pretrain import checkpoint
 from pretrain.checkpoint import RunState
@@ -39,9 +41,12 @@ class StepSums:
     loss: Tensor
     prediction: Moments | None = None
     target: Moments | None = None
+    samples: int = 0
     failures: list[str] = field(default_factory=list)
 
-    def add(self, loss: Tensor, output: Output) -> None:
+    def add(self, batch: Batch, loss: Tensor, output: Output) -> None:
+        self.samples += len(batch.inputs)
+        self.failures += batch.failures
         self.loss += loss.detach().float()
         self.prediction = pool(self.prediction, output.prediction) if self.prediction else output.prediction
         self.target = pool(self.target, output.target) if self.target else output.target
@@ -53,6 +58,12 @@ def objective(output: Output, loss: LossConfig, masked: Tensor | int, rows: int)
     `masked` and `rows` count the *global* batch: its hidden positions, and its samples times masks.
     """
     return output.regression / masked + loss.cls * loss.cls_rows / rows * output.cls
+
+
+def micro_step_seed(seed: int, batch: int, micro_step: int) -> int:
+    """What layer drop is drawn from, the same on all ranks, and, the rank added, dropout: pure in its arguments."""
+    key = row_keys(seed, np.array([batch]), np.array([micro_step]), 1)
+    return int(key[0] >> np.uint64(2))
 
 
 class Trainer:
@@ -85,14 +96,16 @@ class Trainer:
         sums = StepSums(torch.zeros((), device=world.device))
         for i, batch in enumerate(micro_batches):
             self.engine.set_gradient_accumulation_boundary(i + 1 == len(micro_batches))
-            output: Output = self.engine(batch.to(world.device))
+            seed = micro_step_seed(config.train.seed, state.batches, i)
+            torch.manual_seed(seed + world.rank)  # dropout's, on every device
+            output: Output = self.engine(batch.to(world.device), seed)
             loss = objective(output, config.model.loss, masked, rows)
             # The engine averages over ranks and micro-batches; the parts of the global loss are to be summed.
             self.engine.backward(loss * (world.size * self.plan.accumulation))
-            sums.add(loss, output)
-            sums.failures += batch.failures
+            sums.add(batch, loss, output)
         result = optimizer_step(self.engine)
         state.batches += 1
+        state.read += sums.samples
         state.failures += len(sums.failures)
         if result.applied:
             state.step += 1
@@ -146,7 +159,7 @@ def train(config: Config, world: World) -> int:
             "the same data, or another run.dir"
         )
     state.samples = len(dataset)
-    recorder = Recorder(folder, config, state.step, world.is_main)
+    recorder = Recorder(folder, config, state.step, state.read, world.is_main)
     if world.is_main:
         checkpoint.write_atomically(folder / "config.yaml", to_yaml(config))
     recorder.say(f"run folder {folder}: " + (f"resuming after step {state.step}" if newest else "starting"))
@@ -169,7 +182,7 @@ def train(config: Config, world: World) -> int:
                 metrics = trainer.measure(sums, result)
                 watch(config, state, metrics, world)  # before it is saved, or even written down
                 if logging:
-                    recorder.record(state.step, metrics)
+                    recorder.record(state.step, metrics, state.read * world.size)
             if saving:
                 path = checkpoint.save(checkpoints, trainer.engine, trainer.teacher, state, config, world)
                 recorder.note(f"saved {path}")
@@ -213,12 +226,11 @@ def watch(config: Config, state: RunState, metrics: dict[str, float], world: Wor
                 raise Diverged(
                     f"step {state.step}: collapse, {key} {metrics[key]:.4g} is under watch.min_{key}={least}."
                 )
-    failures = int(world.sum(torch.full((), state.failures, device=world.device)))
-    seen = state.batches * config.train.batch_size
+    read, failures = world.sum(torch.tensor([state.read, state.failures], device=world.device)).tolist()
     share = config.data.max_failed_share
-    if failures > max(share * seen, TOLERATED if share else 0):
+    if failures > max(share * read, TOLERATED if share else 0):
         raise DataError(
-            f"{failures} files of {seen} read could not be decoded, more than "
+            f"{failures} files of {read} read could not be decoded, more than "
             f"data.max_failed_share={share}; their names are in the run's log.txt"
         )
 

@@ -17,15 +17,14 @@ import torch
 from PIL import ExifTags, Image
 from PIL.JpegImagePlugin import JpegImageFile
 
-from pretrain.data.sources import DataError, ImageSource
+from pretrain.data.sources import DataError, ImageSource, read_or_replace
 
 # Odd metadata is common in scraped images and says nothing about their pixels.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 Box = tuple[float, float, float, float]
 
-_ATTEMPTS = 16
-_CROP_STREAM, _REPLACEMENT_STREAM = 0x63726F70, 0x7265706C
+_CROP_STREAM = 0x63726F70
 
 _TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
 _TRANSPOSE = {code: Image.Transpose[turn] for code, turn in enumerate(_TURNS.split(), start=2)}
@@ -79,23 +78,15 @@ class ImageDataset(torch.utils.data.Dataset):
         epoch, index = key
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
-        failures: list[str] = []
-        for attempt in range(_ATTEMPTS):
-            chosen = self._replacement(index, attempt) if attempt else index
-            rng = np.random.default_rng([_CROP_STREAM, self.seed, epoch, index])
-            try:
-                with _no_pillow_limit(), self.source.read(chosen) as image:
-                    pixels = self._crop(image, rng)
-            except Exception as error:  # decoders raise almost anything, even SyntaxError
-                reason = " ".join(str(error).split()) or type(error).__name__
-                failures.append(f"{self.source.name(chosen)}: {reason}")
-            else:
-                return ImageSample(pixels, epoch, index, tuple(failures))
-        raise DataError(f"{_ATTEMPTS} images in a row could not be decoded, the last is {failures[-1]}")
 
-    def _replacement(self, index: int, attempt: int) -> int:
-        sequence = np.random.SeedSequence([_REPLACEMENT_STREAM, self.seed, index, attempt])
-        return int(sequence.generate_state(1, np.uint64)[0]) % len(self)
+        def read(chosen: int) -> torch.Tensor:
+            rng = np.random.default_rng([_CROP_STREAM, self.seed, epoch, index])
+            with _no_pillow_limit(), self.source.read(chosen) as image:
+                return self._crop(image, rng)
+
+        others = range(len(self))
+        pixels, failures = read_or_replace(read, self.source.name, index, instead=others, seed=self.seed, kind="images")
+        return ImageSample(pixels, epoch, index, failures)
 
     def _crop(self, image: Image.Image, rng: np.random.Generator) -> torch.Tensor:
         mode = "L" if self.channels == 1 else "RGB"
@@ -127,7 +118,7 @@ class ImageDataset(torch.utils.data.Dataset):
     def _check_pixels(self, image: Image.Image, header_size: tuple[int, int]) -> None:
         if math.prod(image.size) > self.max_pixels:
             width, height = header_size
-            raise DataError(f"{width}x{height} exceeds data.max_pixels={self.max_pixels}")
+            raise DataError(f"{width}x{height} exceeds data.image.max_pixels={self.max_pixels}")
 
 
 @contextmanager

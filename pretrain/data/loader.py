@@ -26,11 +26,11 @@ def build_dataset(config: Config) -> ImageDataset:
         open_images(resolve(data.path), data.split),
         size=image.size,
         seed=config.train.seed,
-        crop_scale=data.crop_scale,
-        crop_ratio=data.crop_ratio,
-        flip=data.flip,
+        crop_scale=data.image.crop_scale,
+        crop_ratio=data.image.crop_ratio,
+        flip=data.image.flip,
         channels=image.channels,
-        max_pixels=data.max_pixels,
+        max_pixels=data.image.max_pixels,
     )
 
 

@@ -10,7 +10,18 @@ import pytest
 
 from models.config import ModelConfig
 from pretrain.__main__ import main
-from pretrain.config import Config, ConfigError, DataConfig, OptimConfig, TrainConfig, batch_plan, flat, load, to_yaml
+from pretrain.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    ImageDataConfig,
+    OptimConfig,
+    TrainConfig,
+    batch_plan,
+    flat,
+    load,
+    to_yaml,
+)
 from pretrain.engine import OWNED_BY_YAML, engine_config, read_mechanics
 
 ROOT = Path(__file__).parents[2]
@@ -122,7 +133,7 @@ def test_a_mistake_is_named(config, override, said):
         (["train.seed=-1"], "train.seed=-1"),
         (["optim.lr=nan"], "optim.lr=nan must be positive"),
         (["optim.clip_norm=-1"], "optim.clip_norm=-1.0"),
-        (["data.crop_scale=[0.5, 0.2]"], "low <= high"),
+        (["data.image.crop_scale=[0.5, 0.2]"], "low <= high"),
         (["run.keep_last=0"], "run.keep_last=0"),
     ],
 )
@@ -165,7 +176,8 @@ def test_every_config_loads_and_comes_back_from_its_text(config, file):
 
 def test_every_section_comes_back_from_its_text(config):
     odd = Config(
-        data=DataConfig(path="a: b", crop_ratio=(1 / 3, 3.0)), optim=OptimConfig(eps=1e-12, betas=(0.1, 1 - 1e-9))
+        data=DataConfig(path="a: b", image=ImageDataConfig(crop_ratio=(1 / 3, 3.0))),
+        optim=OptimConfig(eps=1e-12, betas=(0.1, 1 - 1e-9)),
     )
     got = config(to_yaml(odd), "run.dir=x")
     assert (got.model, got.data, got.optim, got.ema, got.train) == (odd.model, odd.data, odd.optim, odd.ema, odd.train)

@@ -601,7 +601,9 @@ def test_index_outside(tmp_path):
 def test_max_pixels_is_checked_before_decoding(tmp_path, monkeypatch):
     path = write(tmp_path / "x.png")
     monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", lambda self: pytest.fail("decoded"))
-    failure(lambda: dataset(tmp_path, max_pixels=96 * 64 - 1)[0, 0], f"{path}: 96x64 exceeds data.max_pixels=6143")
+    failure(
+        lambda: dataset(tmp_path, max_pixels=96 * 64 - 1)[0, 0], f"{path}: 96x64 exceeds data.image.max_pixels=6143"
+    )
 
 
 def test_max_pixels_of_a_jpeg_counts_what_is_decoded(tmp_path):
@@ -609,7 +611,7 @@ def test_max_pixels_of_a_jpeg_counts_what_is_decoded(tmp_path):
     centre(tmp_path / "x.jpg", 64, max_pixels=96 * 64)
     failure(
         lambda: dataset(tmp_path, 65, train=False, max_pixels=96 * 64)[0, 0],
-        "768x512 exceeds data.max_pixels=6144",
+        "768x512 exceeds data.image.max_pixels=6144",
     )
 
 

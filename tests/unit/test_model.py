@@ -84,18 +84,20 @@ def test_the_student_sees_kept_patches_only():
     seen[TINY.num_masks :] = False
     assert 0 < seen.sum() < TINY.num_masks
     with torch.no_grad():
-        before, after = (net.student(p, given.ids_keep) for p in (given.inputs, pixels))
+        before, after = (net.student(net.student.local(p), given.ids_keep) for p in (given.inputs, pixels))
         changed = (before != after).flatten(1).any(1)
         assert changed.tolist() == seen.tolist()
-        contexts = [net.student.context(net.student.local.features(p), given.ids_keep) for p in (given.inputs, pixels)]
+        contexts = [net.student.context(net.student.local(p), given.ids_keep)[0] for p in (given.inputs, pixels)]
         assert (contexts[0] != contexts[1]).flatten(1).any(1).tolist() == seen.tolist()
-        moved = (net.targets(given.inputs) != net.targets(pixels)).any(2)
+        moved = (
+            net.targets(given.inputs, net.student.local(given.inputs)) != net.targets(pixels, net.student.local(pixels))
+        ).any(2)
     assert moved[0].all() and not moved[1:].any()  # the teacher contextualises: every position of that sample
 
 
 def test_the_student_knows_the_positions_it_keeps():
     net, given = shaken(), batch()
-    features = net.student.local.features(given.inputs)
+    features = net.student.local(given.inputs)
     kept = net.student.local.keep(features, given.ids_keep)
     for row in range(len(kept)):
         ids, sample = given.ids_keep[row], row // TINY.num_masks
@@ -144,8 +146,10 @@ def test_losses_are_those_of_hidden_positions_and_the_class_token():
     net, given = shaken(QUIET), batch()
     with torch.no_grad():
         out = net(given)
-        targets = net.targets(given.inputs).double().repeat_interleave(QUIET.num_masks, 0)
-        encoded = net.student(given.inputs, given.ids_keep)
+        targets = (
+            net.targets(given.inputs, net.student.local(given.inputs)).double().repeat_interleave(QUIET.num_masks, 0)
+        )
+        encoded = net.student(net.student.local(given.inputs), given.ids_keep)
         prediction = net.predict(encoded, given).double()
     own = torch.arange(len(targets))[:, None]
     scale = 32**-0.5
@@ -169,21 +173,28 @@ def test_without_its_weight_there_is_no_class_token_term():
 
 def test_targets_are_the_mean_over_the_top_blocks_only():
     net, given = shaken(), batch()
-    inputs = net.teacher.context(net.teacher.local.features(given.inputs)).detach()
+    inputs = net.teacher.context(net.teacher.local(given.inputs))[0].detach()
     raw = [ffn[:, 1:].double() for _, ffn in net.teacher.layers(inputs)]
     normed = [F.instance_norm(x.transpose(1, 2)).transpose(1, 2) for x in raw]
     expected = F.layer_norm((normed[1] + normed[2]) / 2, (32,))
-    torch.testing.assert_close(net.targets(given.inputs).double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        net.targets(given.inputs, net.student.local(given.inputs)).double(), expected, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_samples_in_another_order_give_the_same_in_that_order():
     net, order = shaken(QUIET), [2, 0, 3, 1]
     with torch.no_grad():
         one, other = batch(QUIET), batch(QUIET, order)
-        rows = [net.predict(net.student(b.inputs, b.ids_keep), b) for b in (one, other)]
+        rows = [net.predict(net.student(net.student.local(b.inputs), b.ids_keep), b) for b in (one, other)]
         predictions = [x.unflatten(0, (SAMPLES, -1)) for x in rows]
         torch.testing.assert_close(predictions[1], predictions[0][order], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(net.targets(other.inputs), net.targets(one.inputs)[order], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            net.targets(other.inputs, net.student.local(other.inputs)),
+            net.targets(one.inputs, net.student.local(one.inputs))[order],
+            rtol=1e-4,
+            atol=1e-5,
+        )
         assert (predictions[0][0] - predictions[0][1]).abs().max() > 0.01
 
 
@@ -230,7 +241,7 @@ def test_uint8_pixels_are_normalised_once():
     net, given = model(), batch()
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (TINY.image.mean, TINY.image.std))
     ready = (given.inputs / 255 - mean) / std
-    torch.testing.assert_close(net.student.local.features(given.inputs), net.student.local.features(ready))
+    torch.testing.assert_close(net.student.local(given.inputs), net.student.local(ready))
 
 
 def test_the_teacher_starts_as_a_copy_that_shares_nothing():

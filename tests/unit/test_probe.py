@@ -112,7 +112,7 @@ def test_features_are_the_models_own(tmp_path: Path, model: Data2Vec, which: str
 def test_any_block_can_be_asked_for(model: Data2Vec) -> None:
     frozen, pixels = FrozenEncoder(model.teacher, model.config), noise_images(2)
     with torch.no_grad():
-        layers = list(model.teacher.layers(model.teacher.context(model.teacher.local.features(pixels))))
+        layers = list(model.teacher.layers(*model.teacher.context(model.teacher.local(pixels))))
     for layer, (output, _) in enumerate(layers):
         torch.testing.assert_close(frozen.features(pixels, layer).positions, output[:, 1:])
     with pytest.raises(IndexError):

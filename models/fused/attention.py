@@ -1,0 +1,140 @@
+"""Attention whose logits get a bias, or whose weights are dropped out, in memory that does not grow with the rows.
+
+torch's fused kernels take no such bias with a gradient for its scale, and on the CPU no dropout; what they fall back to
+keeps several (N, H, K, K) tensors a block. Here logits exist for a few rows at a time, forward and again backward. The
+plain twin is `plain_attention`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+GPU_LOGITS = 2**26  # how many logits at a time; on the CPU those of one row, which stay in the cache
+
+
+@dataclass(frozen=True, eq=False)
+class Bias:
+    """logits[n, h, i, j] += slope[h] * distance[n, i, j], and -inf where key j is padding. Shared by all heads, blocks
+    and, with a first axis of 1, rows: nothing of size (N, H, K, K) is ever made of it."""
+
+    slope: Tensor | None = None  # (H,) fp32
+    distance: Tensor | None = None  # (N or 1, K, K) fp32
+    padding: Tensor | None = None  # (N, K) bool
+
+
+def attention(qkv: Tensor, bias: Bias | None = None, dropout: float = 0.0) -> Tensor:
+    """Softmax attention of (N, K, 3, H, D/H) -> (N, K, D). Logits are scaled by (D/H)^-0.5; bias and softmax in fp32."""
+    if bias is None and not dropout:
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    bias = bias or Bias()
+    return BiasedAttention.apply(qkv, bias.slope, bias.distance, bias.padding, dropout)
+
+
+def plain_attention(qkv: Tensor, bias: Bias | None = None) -> Tensor:
+    """The same without dropout, in one piece: what the fused one is tested against."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    logits = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).float()
+    if bias is not None and bias.slope is not None and bias.distance is not None:
+        logits = logits + bias.slope[:, None, None] * bias.distance[:, None]
+    if bias is not None and bias.padding is not None:
+        logits = logits.masked_fill(bias.padding[:, None, None], -torch.inf)
+    return (logits.softmax(-1).to(v.dtype) @ v).transpose(1, 2).flatten(2)
+
+
+class BiasedAttention(torch.autograd.Function):
+    """Saves qkv and the dropout mask; weights are computed anew in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, slope: Tensor | None, distance: Tensor | None, padding: Tensor | None, dropout: float
+    ) -> Tensor:
+        n, t, _, heads, width = qkv.shape
+        kept = None
+        if dropout:
+            kept = torch.empty(n * heads, t, t, dtype=torch.bool, device=qkv.device).bernoulli_(1 - dropout)
+        out = qkv.new_empty(n, t, heads, width)
+        with torch.autocast(qkv.device.type, enabled=False):
+            for rows in _pieces(qkv):
+                _, _, v = _heads_first(qkv[rows])
+                weights = _weights(qkv, rows, slope, distance, padding)
+                if kept is not None:
+                    weights.mul_(kept[_flat(rows, heads)]).div_(1 - dropout)
+                torch_rows = torch.bmm(weights.to(v.dtype), v).view(-1, heads, t, width)
+                out[rows].copy_(torch_rows.transpose(1, 2))
+        ctx.save_for_backward(qkv, slope, distance, padding, kept)
+        ctx.dropout = dropout
+        return out.flatten(2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, slope, distance, padding, kept = ctx.saved_tensors
+        n, t, _, heads, width = qkv.shape
+        scale = width**-0.5
+        grad = grad.reshape(n, t, heads, width)
+        to_qkv = torch.empty_like(qkv)
+        to_slope = torch.zeros_like(slope) if ctx.needs_input_grad[1] else None
+        for rows in _pieces(qkv):
+            q, k, v = _heads_first(qkv[rows])
+            g = grad[rows].transpose(1, 2).reshape(-1, t, width)
+            weights = _weights(qkv, rows, slope, distance, padding)
+            to_weights = torch.bmm(g, v.transpose(1, 2)).float()
+            dropped = weights
+            if kept is not None:
+                factor = kept[_flat(rows, heads)] / (1 - ctx.dropout)
+                dropped = weights * factor
+                to_weights.mul_(factor)
+            to_v = torch.bmm(dropped.to(g.dtype).transpose(1, 2), g)
+            to_logits = torch._softmax_backward_data(to_weights, weights, -1, torch.float32)
+            if to_slope is not None:
+                by_row = to_logits.view(-1, heads, t * t)
+                far = distance[rows if len(distance) > 1 else slice(None)].view(-1, 1, t * t)
+                to_slope += (by_row @ far.transpose(1, 2)).sum((0, 2))
+            low = to_logits.to(q.dtype)
+            to_q = torch.bmm(low, k).mul_(scale)
+            to_k = torch.bmm(low.transpose(1, 2), q).mul_(scale)
+            for i, part in enumerate((to_q, to_k, to_v)):
+                to_qkv[rows, :, i].copy_(part.view(-1, heads, t, width).transpose(1, 2))
+        return to_qkv, to_slope, None, None, None
+
+
+def _pieces(qkv: Tensor) -> list[slice]:
+    n, t, _, heads, _ = qkv.shape
+    size = 1 if qkv.device.type == "cpu" else max(1, GPU_LOGITS // (heads * t * t))
+    return [slice(first, min(n, first + size)) for first in range(0, n, size)]
+
+
+def _flat(rows: slice, heads: int) -> slice:
+    return slice(rows.start * heads, rows.stop * heads)
+
+
+def _heads_first(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(R, K, 3, H, W) -> three of (R*H, K, W); views for a single row."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).flatten(1, 2)
+    return q, k, v
+
+
+def _weights(qkv: Tensor, rows: slice, slope: Tensor | None, distance: Tensor | None, padding: Tensor | None) -> Tensor:
+    """Attention's weights of some rows, (R*H, K, K) fp32."""
+    q, k, _ = _heads_first(qkv[rows])
+    heads, t, width = qkv.shape[3], qkv.shape[1], qkv.shape[4]
+    if slope is not None and distance is not None:
+        near = distance[rows if len(distance) > 1 else slice(None)]
+        bias = (slope[:, None, None] * near[:, None]).expand(rows.stop - rows.start, -1, -1, -1)
+        if q.dtype == torch.float32:
+            flat = bias.reshape(-1, t, t)
+            logits = torch.baddbmm(flat, q, k.transpose(1, 2), alpha=width**-0.5, out=flat)
+        else:
+            logits = (torch.bmm(q, k.transpose(1, 2)) * width**-0.5).float().add_(bias.reshape(-1, t, t))
+    else:
+        logits = (torch.bmm(q, k.transpose(1, 2)) * width**-0.5).float()
+    if padding is not None:
+        logits.view(-1, heads, t, t).masked_fill_(padding[rows, None, None], -torch.inf)
+    return torch.softmax(logits, -1, out=logits)
