@@ -23,9 +23,9 @@ class ImageConfig:
 
 @dataclass(frozen=True)
 class AudioConfig:
-    """16 kHz waveform in, 50 frames a second out. `kernels` and `strides` are those of the local encoder's convolutions,
-    `channels` their width; `position_*` the stack of convolutions that relative positions come from. `seconds`: the
-    longest clip."""
+    """16 kHz waveform in, 50 frames a second out. `kernels` and `strides` belong to the local encoder's convolutions,
+    `channels` is their width; relative positions come from the stack of convolutions that `position_*` describe.
+    `seconds`: the longest clip."""
 
     seconds: float = 20.0
     channels: int = 512

@@ -81,8 +81,9 @@ class EmaConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     """`batch_size` is global, whatever the ranks. `micro_batch` is a rank's share of one forward pass (None: all of its
-    share); accumulation follows. Both count images, or blocks of text; of speech, waveform samples that a batch of equally
-    long clips may have at most, and there `micro_batch` decides which clips meet. `precision`: fp32, bf16 or fp16. `deepspeed`: a JSON of mechanics."""
+    share); accumulation follows. Both count images, or blocks of text; for speech they bound the waveform samples of
+    all clips together, and `micro_batch`, which decides which clips meet, has to be given. `precision`: fp32, bf16 or
+    fp16. `deepspeed`: a JSON of mechanics."""
 
     steps: int = 375_300
     batch_size: int = 256
@@ -213,8 +214,8 @@ def check(config: Config) -> None:
             ),
             (
                 train.micro_batch is not None and train.micro_batch >= config.model.length,
-                f"train.micro_batch={train.micro_batch} must be given for speech, in waveform samples, at least those of "
-                f"one clip of model.audio.seconds={longest}: {config.model.length}",
+                f"train.micro_batch={train.micro_batch} must be given for speech, in waveform samples, at least "
+                f"{config.model.length} for a clip of model.audio.seconds={longest}",
             ),
         ]
     found += [sentence for ok, sentence in rules if not ok]

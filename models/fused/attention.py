@@ -29,7 +29,7 @@ class Bias:
 
 
 def attention(qkv: Tensor, bias: Bias | None = None, dropout: float = 0.0) -> Tensor:
-    """Softmax attention of (N, K, 3, H, D/H) -> (N, K, D). Logits are scaled by (D/H)^-0.5; bias and softmax in fp32."""
+    """Softmax attention of (N, K, 3, H, D/H) -> (N, K, D). Logits are scaled by (D/H)^-0.5, bias and softmax fp32."""
     if bias is None and not dropout:
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
@@ -66,8 +66,8 @@ class BiasedAttention(torch.autograd.Function):
                 weights = _weights(qkv, rows, slope, distance, padding)
                 if kept is not None:
                     weights.mul_(kept[_flat(rows, heads)]).div_(1 - dropout)
-                torch_rows = torch.bmm(weights.to(v.dtype), v).view(-1, heads, t, width)
-                out[rows].copy_(torch_rows.transpose(1, 2))
+                mixed = torch.bmm(weights.to(v.dtype), v).view(-1, heads, t, width)
+                out[rows].copy_(mixed.transpose(1, 2))
         ctx.save_for_backward(qkv, slope, distance, padding, kept)
         ctx.dropout = dropout
         return out.flatten(2)

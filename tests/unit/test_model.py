@@ -98,7 +98,7 @@ def test_the_student_sees_kept_patches_only():
 def test_the_student_knows_the_positions_it_keeps():
     net, given = shaken(), batch()
     features = net.student.local(given.inputs)
-    kept = net.student.local.keep(features, given.ids_keep)
+    kept = net.student.positions(features, given.ids_keep)
     for row in range(len(kept)):
         ids, sample = given.ids_keep[row], row // TINY.num_masks
         torch.testing.assert_close(kept[row], features[sample, ids] + sincos_positions(32, 6)[ids])
