@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -28,14 +29,14 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import pretrain.train
+from models.config import ModelConfig
 from models.data2vec import Batch
 from models.fused import linear
 from pretrain import parallel
 from pretrain.config import PRECISIONS, Config, ConfigError, load
 from pretrain.data.collate import Collate
-from pretrain.data.image import ImageSample
 from pretrain.parallel import World
-from pretrain.plan import useful_work
+from pretrain.plan import samples, useful_work
 from pretrain.train import Trainer
 
 ROOT = Path(__file__).parent.parent
@@ -135,18 +136,37 @@ class MatrixRate:
 
 
 def random_batches(config: Config, trainer: Trainer) -> Iterator[list[Batch]]:
-    """Endless steps' worth of micro-batches: noise for pixels, masks as the loader's workers draw them."""
-    image, plan = config.model.image, trainer.plan
+    """Endless steps' worth of micro-batches: noise for inputs, masks as the loader's workers draw them."""
+    plan, index = trainer.plan, 0
     collate = Collate(config.model, config.train.seed)
     generator = torch.Generator().manual_seed(config.train.seed)
-    shape, index = (image.channels, image.size, image.size), 0
     while True:
         step = []
         for _ in range(plan.accumulation):
-            pixels = torch.randint(256, (plan.micro_batch, *shape), dtype=torch.uint8, generator=generator)
-            step.append(collate([ImageSample(p, 0, index + i, ()) for i, p in enumerate(pixels)]))
-            index += plan.micro_batch
+            noise = random_inputs(config.model, samples(config.model, plan.micro_batch), generator)
+            step.append(collate([Noise(x, 0, index + i) for i, x in enumerate(noise)]))
+            index += len(noise)
         yield step
+
+
+@dataclass(frozen=True)
+class Noise:
+    """A sample of it."""
+
+    inputs: Tensor
+    epoch: int
+    index: int
+    failures: tuple[str, ...] = ()
+
+
+def random_inputs(model: ModelConfig, count: int, generator: torch.Generator) -> Tensor:
+    """`count` of the largest samples: pixels, waveforms or token ids."""
+    if model.modality == "audio":
+        return torch.randn(count, model.length, generator=generator)
+    if model.modality == "text":
+        return torch.randint(model.text.pad + 1, model.text.vocabulary, (count, model.length), generator=generator)
+    shape = (count, model.image.channels, model.length, model.length)
+    return torch.randint(256, shape, dtype=torch.uint8, generator=generator)
 
 
 def hardware(device: torch.device) -> str:
@@ -197,8 +217,8 @@ def measure(config: Config, world: World, steps: int, warmup: int, trace: Path |
     if trace:
         write_trace(lambda: step(next(batches)), trace, device)
 
-    samples = plan.micro_batch * plan.accumulation
-    work = useful_work(config.model).total * samples
+    count = samples(config.model, plan.micro_batch) * plan.accumulation
+    work = useful_work(config.model).total * count
     beside = [(before + after) / 2 for before, after in pairwise(rates)]
     seconds = median(times)
     trainer.engine.destroy()
@@ -207,8 +227,8 @@ def measure(config: Config, world: World, steps: int, warmup: int, trace: Path |
         "seconds_each": times,
         "parts": parts,
         "instrumented_seconds": instrumented,
-        "images_per_s": samples * world.size / seconds,
-        "masked_views_per_s": samples * world.size * config.model.num_masks / seconds,
+        f"{config.model.unit}_per_s": count * world.size / seconds,
+        "masked_views_per_s": count * world.size * config.model.num_masks / seconds,
         "tflop": work / 1e12,
         "tflop_per_s": work / seconds / 1e12,
         "matrix_tflop_per_s": median(rates) / 1e12,
@@ -235,11 +255,12 @@ def write_trace(step: Callable[[], object], trace: Path, device: torch.device) -
 def table(figures: dict[str, Any]) -> str:
     """The same for people."""
     whole = figures["instrumented_seconds"]
+    rate, unit = next((v, k.removesuffix("_per_s")) for k, v in figures.items() if k.endswith("s_per_s"))
     rows = [f"{part:20} {seconds:9.4f} s {seconds / whole:6.1%}" for part, seconds in figures["parts"].items()]
     return "\n".join([
         *rows,
         f"{'taken apart, whole':20} {whole:9.4f} s",
-        f"{'step':20} {figures['seconds']:9.4f} s  {figures['images_per_s']:.4g} images/s, "
+        f"{'step':20} {figures['seconds']:9.4f} s  {rate:.4g} {unit}/s, "
         f"{figures['masked_views_per_s']:.4g} masked views/s",
         f"{'matrix work':20} {figures['tflop_per_s']:9.4g} TFLOP/s a rank, {figures['matrix_share']:.1%} of the matrix "
         f"rate of {figures['matrix_tflop_per_s']:.4g}",
@@ -260,7 +281,12 @@ def main() -> int:
     parser = argparse.ArgumentParser("benchmarks.step", description="Time a training step and its parts.")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--preset", default="image_base", help="a configuration of configs/pretrain, without .yaml")
-    parser.add_argument("--micro-batch", type=int, default=2, help="samples of a rank (train.batch_size accumulates)")
+    parser.add_argument(
+        "--micro-batch",
+        type=int,
+        default=2,
+        help="of a rank (train.batch_size accumulates): images, blocks, or for speech clips",
+    )
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
@@ -274,14 +300,15 @@ def main() -> int:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     world = parallel.start()
     ours = [
-        f"train.micro_batch={args.micro_batch}",
-        f"train.batch_size={args.micro_batch * world.size}",
         f"train.precision={args.precision}",
         f"train.deepspeed=ds_configs/zero{args.zero}.json",
         f"train.threads={args.threads or 'null'}",
     ]
     try:
-        config = load(ROOT / "configs" / "pretrain" / f"{args.preset}.yaml", ours + args.overrides)
+        path = ROOT / "configs" / "pretrain" / f"{args.preset}.yaml"
+        size = args.micro_batch * load(path, args.overrides).model.sample_size
+        sizes = [f"train.micro_batch={size}", f"train.batch_size={size * world.size}"]
+        config = load(path, ours + sizes + args.overrides)
         figures = measure(config, world, args.steps, args.warmup, args.profile)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

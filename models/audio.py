@@ -26,7 +26,7 @@ class WaveformEncoder(nn.Module):
         self.norm = nn.LayerNorm(audio.channels)
         self.proj = Linear(audio.channels, config.width)  # initialised as PyTorch does (docs/method.md 2)
         for conv in self.convs:
-            nn.init.kaiming_normal_(conv.weight)
+            nn.init.kaiming_normal_(conv.weight)  # type: ignore[arg-type]
 
     def forward(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
         """(B, samples), mean 0 and variance 1 -> (B, T, D)."""

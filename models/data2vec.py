@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -71,8 +71,8 @@ class Batch:
         return self._each(lambda tensor: tensor.pin_memory())
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **{name: change(tensor) for name, tensor in tensors.items()})
+        changed: dict[str, Any] = {k: change(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **changed)
 
 
 class Output(NamedTuple):
@@ -91,7 +91,7 @@ class Encoder(nn.Module):
     def __init__(self, config: ModelConfig, given: bool = False) -> None:
         super().__init__()
         front = FRONT_ENDS[config.modality]
-        self.local = None if given else front.local(config)
+        self.local: Any = None if given else front.local(config)
         self.positions = front.positions(config)
         self.alibi = Alibi(config.heads) if front.alibi else None
         self.extra_tokens = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 
@@ -40,19 +41,56 @@ def useful_work(config: ModelConfig) -> Work:
         linear = 2 * tokens * width**2 * (4 + 2 * config.mlp_ratio)
         return blocks * (linear + 4 * tokens**2 * width)
 
-    patch = 2 * t * config.image.channels * config.image.patch**2 * width
     decoder = config.decoder
     widths = [width] + [decoder.width] * decoder.layers
     taps = decoder.kernel ** len(config.grid_shape) / decoder.groups
     convolutions = sum(2 * t * a * b * taps for a, b in pairwise(widths))
-    projection = 2 * hidden * widths[-1] * width
-    # No gradient is needed with respect to pixels: the student's patch embedding counts twice, not thrice.
+    into = widths[-1] * width
+    if decoder.projection_layers == 2:
+        into = 2 * widths[-1] * (widths[-1] + width)
+    first, others, teachers, positions = LOCAL_WORK[config.modality](config)
+    # No gradient is needed with respect to inputs: the first layer counts twice, not thrice.
     return Work(
-        2 * patch,
-        encoder(t + config.extra_tokens) + patch,
-        3 * m * encoder(visible),
-        3 * m * (convolutions + projection),
+        2 * first + 3 * others,
+        encoder(t + config.extra_tokens) + teachers + positions,
+        3 * m * (encoder(visible) + positions),
+        3 * m * (convolutions + 2 * hidden * into),
     )
+
+
+class LocalWork(NamedTuple):
+    """Forward work before the blocks, for one sample: the student's first layer and its others, a local encoder of the
+    teacher's own, and positions, where convolutions make them, for one view."""
+
+    first: float
+    others: float = 0.0
+    teacher: float = 0.0
+    positions: float = 0.0
+
+
+def image_work(config: ModelConfig) -> LocalWork:
+    patch = 2 * config.positions * config.image.channels * config.image.patch**2 * config.width
+    return LocalWork(patch, teacher=patch)
+
+
+def audio_work(config: ModelConfig) -> LocalWork:
+    audio, t = config.audio, config.length
+    layers, channels = [], 1
+    for kernel, stride in zip(audio.kernels, audio.strides, strict=True):
+        t = (t - kernel) // stride + 1
+        layers.append(2 * t * channels * audio.channels * kernel)
+        channels = audio.channels
+    projection = 2 * t * channels * config.width
+    taps = audio.position_kernel / audio.position_groups
+    positions = audio.position_layers * 2 * t * config.width**2 * taps
+    return LocalWork(layers[0], sum(layers[1:]) + projection, positions=positions)
+
+
+def text_work(config: ModelConfig) -> LocalWork:
+    return LocalWork(0.0)  # rows of tables
+
+
+LOCAL_WORK = {"image": image_work, "audio": audio_work, "text": text_work}
 
 
 @dataclass(frozen=True)
@@ -92,8 +130,15 @@ def memory(config: Config, plan: BatchPlan, stage: int) -> Memory:
         gradients=low * trained / (plan.ranks if stage >= 2 else 1),
         optimizer=masters + 8 * trained / shards,
         teacher=average,
-        activations=(2 if config.train.precision != "fp32" else 4) * plan.micro_batch * saved_values(config.model),
+        activations=(2 if config.train.precision != "fp32" else 4)
+        * samples(config.model, plan.micro_batch)
+        * saved_values(config.model),
     )
+
+
+def samples(config: ModelConfig, amount: int) -> int:
+    """How many of the largest samples `amount` of a batch size is: itself, or for speech so many waveform samples."""
+    return max(1, amount // config.sample_size)
 
 
 def saved_values(config: ModelConfig) -> float:
@@ -115,6 +160,12 @@ def describe(config: Config, ranks: int) -> str:
     stage = read_mechanics(config.train.deepspeed).get("zero_optimization", {}).get("stage", 0)
     counts, work, use = parameter_counts(config.model), useful_work(config.model), memory(config, plan, stage)
     model, train = config.model, config.train
+    batch = samples(model, train.batch_size)
+    unit = (
+        f"{model.unit}"
+        if model.sample_size == 1
+        else f"waveform samples, {batch} {model.unit} of {model.audio.seconds:g} s,"
+    )
     hidden = model.mask.hidden(model.positions)
     trained = counts["student"] + counts["decoder"]
     lines = [
@@ -122,11 +173,11 @@ def describe(config: Config, ranks: int) -> str:
         f"{counts['decoder'] / 1e6:.2f} M); teacher {counts['teacher'] / 1e6:.2f} M, averaged",
         f"masks        {model.num_masks} a sample: {model.positions} positions, {model.positions - hidden} seen, "
         f"{hidden} predicted",
-        f"batch        {train.batch_size} global = {plan.ranks} ranks x {plan.micro_batch} x {plan.accumulation} "
-        f"accumulated; {train.batch_size * model.num_masks} masked views a step",
-        f"run          {train.steps:,} steps, {train.steps * train.batch_size:,} samples",
-        f"matrix work  {work.total / 1e12:.3g} TFLOP a sample, {work.total * train.batch_size / 1e12:.3g} a step, "
-        f"{work.total * train.batch_size * train.steps / 1e18:.3g} EFLOP in all",
+        f"batch        {train.batch_size} {unit} = {plan.ranks} ranks x {plan.micro_batch} x {plan.accumulation} "
+        f"accumulated; {batch * model.num_masks} masked views a step",
+        f"run          {train.steps:,} steps, {train.steps * batch:,} {model.unit}",
+        f"matrix work  {work.total / 1e12:.3g} TFLOP a sample, {work.total * batch / 1e12:.3g} a step, "
+        f"{work.total * batch * train.steps / 1e18:.3g} EFLOP in all",
         f"memory       {use.total / GIB:.2f} GiB a rank at ZeRO {stage}, {train.precision} (estimate): weights "
         f"{use.weights / GIB:.2f}, gradients {use.gradients / GIB:.2f}, optimizer {use.optimizer / GIB:.2f}, teacher "
         f"average {use.teacher / GIB:.2f}, activations {use.activations / GIB:.2f}",

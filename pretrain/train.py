@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import filecmp
 import math
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from models.targets import Moments, deviation, pool
 from pretrain import checkpoint
 from pretrain.checkpoint import RunState
 from pretrain.config import BatchPlan, Config, ConfigError, batch_plan, load, to_yaml
-from pretrain.data.loader import build_dataset, build_loader
+from pretrain.data.loader import Dataset, build_dataset, build_loader
 from pretrain.data.sources import DataError
 from pretrain.ema import ShardedTeacher
 from pretrain.engine import StepResult, build_engine, loss_scale, optimizer_step
@@ -162,7 +164,10 @@ def train(config: Config, world: World) -> int:
     recorder = Recorder(folder, config, state.step, state.read, world.is_main)
     if world.is_main:
         checkpoint.write_atomically(folder / "config.yaml", to_yaml(config))
+        keep_assets(folder, dataset)
     recorder.say(f"run folder {folder}: " + (f"resuming after step {state.step}" if newest else "starting"))
+    for note in dataset.notes:
+        recorder.say(f"data: {note}")
     stop = StopRequest(world)
     batches = build_loader(dataset, config, trainer.plan, world, state.batches)
     saved = state.step
@@ -233,6 +238,16 @@ def watch(config: Config, state: RunState, metrics: dict[str, float], world: Wor
             f"{failures} files of {read} read could not be decoded, more than "
             f"data.max_failed_share={share}; their names are in the run's log.txt"
         )
+
+
+def keep_assets(folder: Path, dataset: Dataset) -> None:
+    """Copies of the files that the data mean nothing without; a run that began with others is refused."""
+    for asset in dataset.assets:
+        kept = folder / asset.name
+        if not kept.exists():
+            shutil.copyfile(asset, kept)
+        elif not filecmp.cmp(asset, kept, shallow=False):
+            raise ConfigError(f"{asset} is not the {asset.name} that this run began with; give data.path its own data")
 
 
 def last_good(checkpoints: Path) -> str:

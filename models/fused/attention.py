@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-GPU_LOGITS = 2**26  # how many logits at a time; on the CPU those of one row, which stay in the cache
+LOGITS = {"cpu": 2**20, "cuda": 2**26}  # how many at a time, or those of one row; on the CPU they stay in the cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +107,7 @@ class BiasedAttention(torch.autograd.Function):
 
 def _pieces(qkv: Tensor) -> list[slice]:
     n, t, _, heads, _ = qkv.shape
-    size = 1 if qkv.device.type == "cpu" else max(1, GPU_LOGITS // (heads * t * t))
+    size = max(1, LOGITS.get(qkv.device.type, 2**26) // (heads * t * t))
     return [slice(first, min(n, first + size)) for first in range(0, n, size)]
 
 

@@ -8,36 +8,90 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+import soundfile
 
 from pretrain.data.sources import DataError
 
 
 @dataclass(frozen=True)
 class DebianData:
-    """Files of a Debian package, taken out of it without installing it."""
+    """A data set made of Debian packages, taken apart without installing them."""
 
-    package: str
-    folder: str
-    sha256: dict[str, str]  # file name -> digest
+    packages: tuple[str, ...]
+    prepare: Callable[[Path, Path], None]
+    """Makes the data set's folder, the second, from the one with the unpacked packages."""
+    sha256: dict[str, str]
+    """File or folder of the data set -> digest. Of what was prepared, not of the packages: those differ between
+    releases of the distribution that carry the same data."""
+    by_hand: str
+    """What to do where it cannot be fetched."""
+
+
+def _fashion_mnist(unpacked: Path, target: Path) -> None:
+    (unpacked / "usr/share/datasets/fashion-mnist").rename(target)
+
+
+# A line of a Lua script: the id and speaker of a clip, or the text spoken in the one before.
+_DIALOG = re.compile(r'dialog(Id|Str)\s*\(\s*"((?:[^"\\]|\\.)*)"\s*(?:,\s*"([^"]*)")?')
+
+
+def _fillets(unpacked: Path, target: Path) -> None:
+    """Czech and Dutch speech of two speakers each, one class folder a speaker, and what is said in transcripts.tsv.
+
+    A level of the game is all in train or all in test, the same in both languages; test is 13 % of the speech.
+    """
+    game = unpacked / "usr/share/games/fillets-ng"
+    lines = []
+    for script in sorted(game.glob("script/*/dialogs_*.lua")):
+        level, language = script.parent.name, script.stem.removeprefix("dialogs_")
+        split = "test" if hashlib.sha256(level.encode()).digest()[0] < 26 else "train"
+        clip = speaker = ""
+        for kind, text, font in _DIALOG.findall(script.read_text("utf-8")):
+            if kind == "Id":
+                clip, speaker = text, font.removeprefix("font_")
+                continue
+            audio = game / "sound" / level / language / f"{clip}.ogg"
+            if speaker in ("small", "big") and audio.is_file() and soundfile.info(audio).frames:
+                file = f"{split}/{language}_{speaker}/{level}__{clip}.ogg"
+                (target / file).parent.mkdir(parents=True, exist_ok=True)
+                audio.rename(target / file)
+                spoken = " ".join(re.sub(r"\\(.)", r"\1", text).split())
+                lines.append(f"{file}\t{language}\t{speaker}\t{spoken}\n")
+    (target / "transcripts.tsv").write_text("".join(sorted(lines)), "utf-8")
 
 
 KNOWN = {
     "fashion_mnist": DebianData(
-        package="dataset-fashion-mnist",
-        folder="usr/share/datasets/fashion-mnist",
+        packages=("dataset-fashion-mnist",),
+        prepare=_fashion_mnist,
         sha256={
             "train-images-idx3-ubyte.gz": "b0564c3eedabfbf835052cff8503ea422014ce006caf5b757f851416ee8300c7",
             "train-labels-idx1-ubyte.gz": "0ae29f65d86684f32d1b9c85147786c547b9c6aebcaf235f0400a0cce308b056",
             "t10k-images-idx3-ubyte.gz": "cc1d090a38ace84dfa1aa66e3ada7c336ef481a96936906477e6dd344da56eaa",
             "t10k-labels-idx1-ubyte.gz": "8d3605d196f4be44669e46906da9733c8131fef761fdbfec72c424d5222f1a05",
         },
-    )
+        by_hand="take usr/share/datasets/fashion-mnist out of the Debian package dataset-fashion-mnist elsewhere and "
+        "give data.path that folder",
+    ),
+    "fillets": DebianData(  # GPL-2
+        packages=("fillets-ng-data", "fillets-ng-data-cs", "fillets-ng-data-nl"),
+        prepare=_fillets,
+        sha256={
+            "train": "e675387b5753b34126eb783f8553fe8df841e548b2de47c5acf8e374e0733f82",
+            "test": "d36ea8c31d3af5e6e4dee13e284cd1fd971f92f774818504710f36fc2efbf863",
+            "transcripts.tsv": "a19431cf9cbc42ed11aa1fd8be0e1743f6f2cbddf1ef656ffaad2d9c846b342d",
+        },
+        by_hand="give data.path a folder of your own recordings (wav, flac, ogg, opus or mp3)",
+    ),
 }
 
 
@@ -54,34 +108,51 @@ def fetch(name: str) -> Path:
     target = cache_folder() / name
     if target.is_dir():
         return target
-    by_hand = f"install the Debian package {known.package} elsewhere and give data.path its {known.folder}"
     if not (shutil.which("apt-get") and shutil.which("dpkg")):
-        raise DataError(f"fetching {name} needs apt-get and dpkg, which are not here; {by_hand}")
-    print(f"fetching {name} (Debian package {known.package}) into {target}", flush=True)
+        raise DataError(f"fetching {name} needs apt-get and dpkg, which are not here; {known.by_hand}")
+    print(f"fetching {name} (Debian: {', '.join(known.packages)}) into {target}", flush=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     lock = (target.parent / f".{name}.lock").open("w")
     fcntl.flock(lock, fcntl.LOCK_EX)  # other ranks wait here, and find it done
     with lock, tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         if target.is_dir():
             return target
-        for commands in (["download"], ["update", "download"]):  # package lists may be missing or old
-            for command in commands:
-                what = [known.package] if command == "download" else []
-                done = subprocess.run(["apt-get", command, *what], cwd=scratch, capture_output=True, text=True)
-            if packages := list(Path(scratch).glob("*.deb")):
-                break
-        else:
-            reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-            raise DataError(f"apt-get could not fetch {known.package}: {reason}; {by_hand}")
-        if subprocess.run(["dpkg", "-x", packages[0].name, "."], cwd=scratch).returncode:
-            raise DataError(f"dpkg could not unpack {packages[0].name}; {by_hand}")
-        source = Path(scratch) / known.folder
-        for file, digest in known.sha256.items():
-            found = hashlib.sha256((source / file).read_bytes()).hexdigest()
-            if found != digest:
-                raise DataError(f"{known.package}: {file} has sha256 {found}, expected {digest}; not used")
-        source.rename(target)
+        unpacked, prepared = Path(scratch) / "unpacked", Path(scratch) / "prepared"
+        for package in _download(known, Path(scratch)):
+            if subprocess.run(["dpkg", "-x", package, unpacked]).returncode:
+                raise DataError(f"dpkg could not unpack {package.name}; {known.by_hand}")
+        try:
+            known.prepare(unpacked, prepared)
+            found = {file: digest(prepared / file) for file in known.sha256}
+        except (OSError, ValueError, RuntimeError) as error:
+            raise DataError(f"the packages of {name} hold something else than expected ({error}); not used") from error
+        for file, expected in known.sha256.items():
+            if found[file] != expected:
+                raise DataError(f"{name}: {file} has sha256 {found[file]}, expected {expected}; not used")
+        prepared.rename(target)
     return target
+
+
+def _download(known: DebianData, folder: Path) -> list[Path]:
+    for commands in (["download"], ["update", "download"]):  # package lists may be missing or old
+        for command in commands:
+            what = known.packages if command == "download" else ()
+            done = subprocess.run(["apt-get", command, *what], cwd=folder, capture_output=True, text=True)
+        packages = sorted(folder.glob("*.deb"))
+        if len(packages) == len(known.packages):
+            return packages
+    reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+    raise DataError(f"apt-get could not fetch {', '.join(known.packages)}: {reason}; {known.by_hand}")
+
+
+def digest(path: Path) -> str:
+    """The sha256 of a file; of a folder, that of the lines `digest  name` of all files in it in order of their names,
+    as sha256sum writes them."""
+    if not path.is_dir():
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    files = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+    lines = (f"{digest(path / file)}  {file}\n" for file in files)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def cache_folder() -> Path:

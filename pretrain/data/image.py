@@ -11,6 +11,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -62,6 +64,8 @@ class ImageDataset(torch.utils.data.Dataset):
     channels: int = 3
     max_pixels: int = 178_956_970
     train: bool = True
+    notes: ClassVar[tuple[str, ...]] = ()
+    assets: ClassVar[tuple[Path, ...]] = ()
 
     def __post_init__(self) -> None:
         if self.channels not in (1, 3):

@@ -3,27 +3,49 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader
 
 from models.data2vec import Batch
 from pretrain.config import BatchPlan, Config
-from pretrain.data.collate import Collate
+from pretrain.data.audio import AudioDataset
+from pretrain.data.collate import Collate, Sample
+from pretrain.data.corpus import open_corpus
 from pretrain.data.fetch import resolve
 from pretrain.data.image import ImageDataset
+from pretrain.data.packs import PackSampler
+from pretrain.data.recordings import open_audio
 from pretrain.data.sampler import StreamSampler
 from pretrain.data.sources import DataError, open_images
+from pretrain.data.text import TextDataset
 from pretrain.parallel import World
 from pretrain.runtime import STOP_SIGNALS
 
 
-def build_dataset(config: Config) -> ImageDataset:
-    """The training samples of the config's modality; raises DataError with one clear line."""
+class Dataset(Protocol):
+    """Samples by key; which keys make up a micro-batch is the sampler's business."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know about the data, in sentences."""
+
+    @property
+    def assets(self) -> tuple[Path, ...]:
+        """Files that the samples mean nothing without; the run folder keeps copies."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, key: Any) -> Sample: ...
+
+
+def open_image_data(config: Config, path: str) -> ImageDataset:
     data, image = config.data, config.model.image
     return ImageDataset(
-        open_images(resolve(data.path), data.split),
+        open_images(path, data.split),
         size=image.size,
         seed=config.train.seed,
         crop_scale=data.image.crop_scale,
@@ -34,22 +56,61 @@ def build_dataset(config: Config) -> ImageDataset:
     )
 
 
+def open_audio_data(config: Config, path: str) -> AudioDataset:
+    seconds = config.data.audio.min_seconds, config.model.audio.seconds
+    source = open_audio(path, config.data.split)
+    return AudioDataset(source, seed=config.train.seed, min_seconds=seconds[0], max_seconds=seconds[1])
+
+
+def open_text_data(config: Config, path: str) -> TextDataset:
+    corpus, text = open_corpus(path, config.data.split), config.model.text
+    if corpus.meta.vocabulary != text.vocabulary or corpus.meta.pad != text.pad:
+        raise DataError(
+            f"the corpus {path} was made with a tokenizer of {corpus.meta.vocabulary} ids, padding "
+            f"{corpus.meta.pad}; set model.text.vocabulary={corpus.meta.vocabulary} model.text.pad={corpus.meta.pad} "
+            f"(now {text.vocabulary} and {text.pad}), or tokenise with another"
+        )
+    return TextDataset(corpus, tokens=text.tokens)
+
+
+OPENERS: dict[str, Callable[[Config, str], Dataset]] = {
+    "image": open_image_data,
+    "audio": open_audio_data,
+    "text": open_text_data,
+}
+
+
+def build_dataset(config: Config) -> Dataset:
+    """The training samples of the config's modality; raises DataError with one clear line."""
+    if not config.data.path:
+        raise DataError("data.path is not given: where do the samples lie? (a path, or fetch:NAME)")
+    return OPENERS[config.model.modality](config, resolve(config.data.path))
+
+
+def build_sampler(dataset: Dataset, config: Config, plan: BatchPlan, rank: int, first_batch: int) -> Any:
+    """What yields lists of keys: clips of like length where samples differ in length, a plain shuffle elsewhere."""
+    seed = config.train.seed
+    if isinstance(dataset, AudioDataset):
+        return PackSampler(dataset.lengths, plan, rank, seed, first_batch, config.data.audio.pool)
+    return StreamSampler(len(dataset), plan, rank, seed, first_batch)
+
+
 def build_loader(
-    dataset: ImageDataset, config: Config, plan: BatchPlan, world: World, first_batch: int
+    dataset: Dataset, config: Config, plan: BatchPlan, world: World, first_batch: int
 ) -> Generator[Batch, None, None]:
     """Micro-batches of this rank from global batch `first_batch` on, on the host (pinned if there is a GPU).
 
     Iterating raises DataError, in one line, for data that cannot be read. Close it to end its workers.
     """
-    loader = DataLoader(
-        dataset,
-        batch_sampler=StreamSampler(len(dataset), plan, world.rank, config.train.seed, first_batch),
+    loader: DataLoader[Batch] = DataLoader(
+        dataset,  # type: ignore[arg-type]
+        batch_sampler=build_sampler(dataset, config, plan, world.rank, first_batch),
         collate_fn=Collate(config.model, config.train.seed),
         num_workers=config.data.workers,
         pin_memory=world.device.type == "cuda",
         worker_init_fn=_prepare_worker,
     )
-    batches = iter(loader)
+    batches: Iterator[Batch] = iter(loader)
     try:
         yield from batches
     except DataError as error:  # a worker's comes with its traceback as text, the message last

@@ -1,4 +1,7 @@
-"""Where images lie: folders, WebDataset tar shards and idx files, told apart by `open_images`."""
+"""Where images lie: folders, WebDataset tar shards and idx files, told apart by `open_images`.
+
+Also what sources of every modality share: packed names, walks, splits, labels, and stand-ins for broken samples.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,8 @@ import re
 import tarfile
 import zlib
 from array import array
-from collections.abc import Iterator, Sequence
-from typing import BinaryIO, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import BinaryIO, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -21,10 +24,14 @@ _SUFFIXES = "jpg jpeg png bmp gif webp tif tiff ppm pgm jp2 avif"
 _EXTENSIONS = tuple(f".{name}" for name in _SUFFIXES.split())
 _FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF")
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
-_HELD_OUT = ("test", "val", "valid", "validation")
 _COMPRESSED_NAME = re.compile(r".*\.(tgz|tar\.\w+)")
 _IDX_IMAGES = re.compile(r"(train|t10k)-images[-.]idx3-ubyte(\.gz)?")
 _OPEN_SHARDS = 64
+HELD_OUT = ("test", "val", "valid", "validation", "dev")
+_ATTEMPTS = 16
+_REPLACEMENT_STREAM = 0x7265706C
+
+Read = TypeVar("Read")
 
 
 class DataError(ValueError):
@@ -48,7 +55,7 @@ class ImageSource(Protocol):
         """Open image `index`, not necessarily decoded yet; may raise any decoding error."""
 
 
-class _Names:
+class Names:
     """Strings packed into two flat buffers: no objects whose reference counts unshare a worker's memory."""
 
     def __init__(self) -> None:
@@ -66,6 +73,32 @@ class _Names:
         return os.fsdecode(bytes(self._text[self._ends[index] : self._ends[index + 1]]))
 
 
+class FolderLabels:
+    """Classes of files told one by one in the order of `walk`: the first-level folder of each.
+
+    There are none unless two or more such folders hold files and no file lies beside them.
+    """
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+        self._labels = array("q")
+        self._loose = False
+
+    def append(self, name: str) -> None:
+        folder, slash, _ = name.partition("/")
+        self._loose = self._loose or not slash
+        self._labels.append(self._numbers.setdefault(folder, len(self._numbers)))
+
+    def finish(self) -> tuple[np.ndarray | None, list[str]]:
+        """int64 (n,) labels and the sorted class names they index; None and no names if unlabelled."""
+        if self._loose or len(self._numbers) < 2:
+            return None, []
+        classes = sorted(self._numbers, key=os.fsencode)
+        rank = np.empty(len(classes), np.int64)
+        rank[[self._numbers[name] for name in classes]] = np.arange(len(classes))
+        return rank[np.array(self._labels, np.int64)], classes
+
+
 class FolderSource:
     """Images at any depth below `root`, in byte order of their names at each level.
 
@@ -74,21 +107,12 @@ class FolderSource:
 
     def __init__(self, root: str) -> None:
         self._root = root
-        self._names = _Names()
-        self.labels: np.ndarray | None = None
-        self.classes: list[str] = []
-        labels, loose = array("q"), False
-        for name in _walk(root):
+        self._names = Names()
+        labels = FolderLabels()
+        for name in walk(root, _EXTENSIONS):
             self._names.append(name)
-            folder, slash, _ = name.partition("/")
-            loose = loose or not slash
-            if slash and self.classes[-1:] != [folder]:
-                self.classes.append(folder)
-            labels.append(len(self.classes) - 1)
-        if loose or len(self.classes) < 2:
-            self.classes = []
-        else:
-            self.labels = np.array(labels, np.int64)
+            labels.append(name)
+        self.labels, self.classes = labels.finish()
 
     def __len__(self) -> int:
         return len(self._names)
@@ -109,7 +133,7 @@ class TarSource:
 
     def __init__(self, shards: Sequence[str]) -> None:
         self._shards = list(shards)
-        self._names = _Names()
+        self._names = Names()
         self._handles: dict[int, io.FileIO] = {}
         places, labels = array("q"), array("q")
         for number, shard in enumerate(self._shards):
@@ -207,8 +231,8 @@ def open_images(path: str, split: str = "train") -> ImageSource:
         if re.search(r"[*?\[{]", path):
             return TarSource(_expand(path))
         raise DataError(f"{path} does not exist: give a folder of images, tar shards or idx files")
-    folder = _split_folder(path, split)
-    files = [entry.name for entry in _listing(folder) if entry.is_file()]
+    folder = split_folder(path, split)
+    files = [entry.name for entry in listing(folder) if entry.is_file()]
     tars = [os.path.join(folder, file) for file in files if file.endswith(".tar")]
     idx = [file for file in files if _IDX_IMAGES.fullmatch(file)]
     images = FolderSource(folder)
@@ -230,6 +254,33 @@ def open_images(path: str, split: str = "train") -> ImageSource:
     return TarSource(tars) if tars else images
 
 
+def read_or_replace(
+    read: Callable[[int], Read],
+    name: Callable[[int], str],
+    index: int,
+    *,
+    instead: Sequence[int] | np.ndarray,
+    seed: int,
+    kind: str,
+) -> tuple[Read, tuple[str, ...]]:
+    """`read(index)`, or if that raises the same of one of `instead`, chosen by a hash of (seed, index, attempt).
+
+    Also returns `name: reason` of every sample that failed. Raises `DataError` after 16 failures; `kind` is its noun.
+    """
+    failures: list[str] = []
+    for attempt in range(_ATTEMPTS):
+        chosen = index
+        if attempt:
+            sequence = np.random.SeedSequence([_REPLACEMENT_STREAM, seed, index, attempt])
+            chosen = int(instead[int(sequence.generate_state(1, np.uint64)[0]) % len(instead)])
+        try:
+            return read(chosen), tuple(failures)
+        except Exception as error:  # decoders raise almost anything, even SyntaxError
+            reason = " ".join(str(error).split()) or type(error).__name__
+            failures.append(f"{name(chosen)}: {reason}")
+    raise DataError(f"{_ATTEMPTS} {kind} in a row could not be decoded, the last is {failures[-1]}")
+
+
 def _open(file: str | BinaryIO) -> Image.Image:
     try:
         return Image.open(file, formats=_FORMATS)
@@ -237,7 +288,8 @@ def _open(file: str | BinaryIO) -> Image.Image:
         raise OSError("not an image, or an unknown format") from None
 
 
-def _listing(folder: str) -> list[os.DirEntry]:
+def listing(folder: str) -> list[os.DirEntry]:
+    """What is visible in a folder, in byte order of the names. Raises `DataError` if it cannot be listed."""
     try:
         with os.scandir(folder) as entries:
             visible = [entry for entry in entries if not entry.name.startswith(".")]
@@ -246,14 +298,18 @@ def _listing(folder: str) -> list[os.DirEntry]:
     return sorted(visible, key=lambda entry: os.fsencode(entry.name))
 
 
-def _walk(folder: str, prefix: str = "", parents: tuple[os.stat_result, ...] = ()) -> Iterator[str]:
+def walk(
+    folder: str, extensions: tuple[str, ...], prefix: str = "", parents: tuple[os.stat_result, ...] = ()
+) -> Iterator[str]:
+    """Paths, relative to `folder`, of the visible files at any depth with one of `extensions` (lower case), in byte
+    order of their names at each level. Links are followed. Raises `DataError` for a folder that cannot be listed."""
     status = os.stat(folder)
     if any(os.path.samestat(status, parent) for parent in parents):
         return  # a symlink back up the tree
-    for entry in _listing(folder):
+    for entry in listing(folder):
         if entry.is_dir():
-            yield from _walk(entry.path, f"{prefix}{entry.name}/", (*parents, status))
-        elif _is_image(entry.name) and entry.is_file():
+            yield from walk(entry.path, extensions, f"{prefix}{entry.name}/", (*parents, status))
+        elif entry.name.lower().endswith(extensions) and entry.is_file():
             yield prefix + entry.name
 
 
@@ -261,14 +317,23 @@ def _is_image(name: str) -> bool:
     return name.lower().endswith(_EXTENSIONS)
 
 
-def _split_folder(path: str, split: str) -> str:
-    wanted = (split, *_HELD_OUT) if split in _HELD_OUT else (split,)
-    folders = [entry.name for entry in _listing(path) if entry.is_dir()]
+def split_names(split: str) -> tuple[str, ...]:
+    """What the split may be called, the best name first."""
+    return tuple(dict.fromkeys((split, *HELD_OUT))) if split in HELD_OUT else (split,)
+
+
+def split_folder(path: str, split: str) -> str:
+    """The folder in `path` that is called like the split, or `path` if it has no splits.
+
+    Raises `DataError` if it has others only.
+    """
+    wanted = split_names(split)
+    folders = [entry.name for entry in listing(path) if entry.is_dir()]
     inside = os.path.basename(os.path.normpath(path)) in wanted
     found = next((name for name in wanted if name in folders), None)
     if found and not (inside and len(folders) > 1):  # within train/, a class may be called "train" too
         return os.path.join(path, found)
-    other = next((name for name in ("train", *_HELD_OUT) if name in folders and name not in wanted), None)
+    other = next((name for name in ("train", *HELD_OUT) if name in folders and name not in wanted), None)
     if other and not found and not inside:
         raise DataError(f"{path} has a folder {other} but none for the {split} split: {', '.join(wanted)}")
     return path
