@@ -52,9 +52,7 @@ def progress(folder: Path) -> int:
 
 
 @pytest.fixture(scope="module", params=[(0, "fp32"), (2, "bf16")], ids=str)
-def reference(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[tuple[int, str], Path]:
+def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[tuple[int, str], Path]:
     """(ZeRO stage, precision) and the folder of a run that was never stopped."""
     folder = tmp_path_factory.mktemp("reference") / "run"
     run("pretrain", *args(folder, *request.param))

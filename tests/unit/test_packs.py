@@ -40,7 +40,11 @@ def epochs(count, lengths, seed=1, bound=BOUND, **options):
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("pool", [1, 7, 100, 4096])
-@pytest.mark.parametrize("lengths", [FEW, SPEECH, [BOUND], [BOUND, 1, BOUND], [5] * 9, np.arange(1, 999)], ids=len)
+@pytest.mark.parametrize(
+    "lengths",
+    [FEW, SPEECH, [BOUND], [BOUND, 1, BOUND], [5] * 9, [BOUND // 10] * 2 + [BOUND // 2] * 9, np.arange(1, 999)],
+    ids=len,
+)
 def test_every_recording_once_an_epoch_and_the_bound_kept(lengths, pool, padded):
     for number, packs in enumerate(epochs(3, lengths, pool=pool, padded=padded)):
         keys = joined(packs)

@@ -17,20 +17,19 @@ from safetensors.torch import save_file
 from finetune import probe as probes
 from finetune import report as reports
 from finetune.features import FrozenEncoder, assemble_teacher, extract, find, load_encoder
+from finetune.image import PIXELS, centre_crops
 from finetune.probe import (
-    PIXELS,
     PRETRAINED,
     UNTRAINED,
-    NoProbe,
     ProbeTable,
     balanced_order,
-    centre_crops,
     knn_accuracy,
     labelled_data,
     linear_accuracy,
     probe,
     usable,
 )
+from finetune.samples import NoProbe
 from models.data2vec import Data2Vec
 from pretrain.checkpoint import CheckpointError
 from pretrain.config import Config, ConfigError, load, to_yaml

@@ -1,0 +1,110 @@
+"""Speech and text through the same loop: equal whatever the ranks and stages, and after a stop; layer drop alike on all
+ranks."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from tests.dist.test_resume import assert_identical, progress, wait_for
+from tests.launch import run, start, weights
+
+TINY = {"audio": "tests/tiny_audio.yaml", "text": "tests/tiny_text.yaml"}
+WORDS = "the state of the union is strong and the people of these united states are free and will stay so".split()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """modality -> data.path: noise of 0.2 to 0.9 s at two rates, and a tokenised corpus."""
+    folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    (folder / "clips").mkdir()
+    for i in range(60):
+        rate = (16_000, 22_050)[i % 2]
+        noise = rng.normal(0, 0.1, int(rng.uniform(0.2, 0.9) * rate))
+        soundfile.write(folder / "clips" / f"{i:02d}.wav", noise, rate)
+    lines = [" ".join(rng.choice(WORDS, rng.integers(5, 30))) for _ in range(400)]
+    (folder / "text.txt").write_text("\n".join(lines))
+    tokenizer = folder / "spm.model"
+    run("pretrain.data.tokenizer", "train", str(folder / "text.txt"), "--vocabulary", "300", "--out", str(tokenizer))
+    run("pretrain.data.corpus", str(folder / "text.txt"), "--tokenizer", str(tokenizer), "--out", str(folder / "text"))
+    return {"audio": str(folder / "clips"), "text": str(folder / "text")}
+
+
+def trained(folder: Path, modality: str, path: str, ranks: int, stage: int, *more: str) -> dict[str, torch.Tensor]:
+    mechanics = f"train.deepspeed=ds_configs/zero{stage}.json"
+    run("pretrain", TINY[modality], f"data.path={path}", f"run.dir={folder}", mechanics, *more, ranks=ranks)
+    return weights(folder)
+
+
+def assert_close(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    names = [name for name in expected if not name.startswith("optimizer.")]
+    assert len(names) > 60
+    for name in names:
+        difference = (ours[name].float().view(-1) - expected[name].float().view(-1)).abs()
+        if name.endswith("attn.qkv.bias"):  # the key third's gradient is rounding noise
+            third = len(difference) // 3
+            difference[third : 2 * third] = 0
+        assert difference.max() <= 1e-5, name
+
+
+def without_dropout(modality: str) -> list[str]:
+    names = ("residual", "attention", "mlp", "prenet", "decoder", "embedding", "layer")
+    return [f"model.dropout.{name}=0" for name in names]
+
+
+@pytest.mark.parametrize("modality", ["audio", "text"])
+def test_same_weights_however_ranks_share_the_batch(tmp_path: Path, data: dict[str, str], modality: str) -> None:
+    off, path = without_dropout(modality), data[modality]
+    small = ["train.micro_batch=2"] if modality == "text" else []  # of speech it decides which clips meet
+    one = trained(tmp_path / "one", modality, path, 1, 0, *off)
+    assert_close(trained(tmp_path / "two", modality, path, 2, 1, *off), one)
+    assert_close(trained(tmp_path / "accumulated", modality, path, 2, 2, *off, *small), one)
+
+
+def test_layer_drop_trains_alike_at_every_stage(tmp_path: Path, data: dict[str, str]) -> None:
+    """Blocks that are left out have no gradient on any rank; what stages do about that must not differ."""
+    only = [*without_dropout("audio")[:-1], "model.dropout.layer=0.5"]
+    one = trained(tmp_path / "0", "audio", data["audio"], 2, 0, *only)
+    for stage in (1, 2):
+        assert_close(trained(tmp_path / str(stage), "audio", data["audio"], 2, stage, *only), one)
+
+
+def test_layer_drop_is_the_same_on_all_ranks_and_dropout_is_not(tmp_path: Path, data: dict[str, str]) -> None:
+    run("tests.dist.layer_drop_worker", data["audio"], str(tmp_path), ranks=2)
+    seen = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    assert seen[0]["blocks"] == seen[1]["blocks"]
+    assert len({tuple(ran) for ran in seen[0]["blocks"]}) > 2
+    assert seen[0]["draw"] != seen[1]["draw"]
+
+
+@pytest.mark.parametrize(("modality", "stage", "precision"), [("audio", 0, "fp32"), ("text", 2, "bf16")])
+def test_stopped_and_continued(tmp_path: Path, data: dict[str, str], modality: str, stage: int, precision: str) -> None:
+    """With every dropout on: bit for bit the run that was never stopped, past the end of an epoch."""
+    common = [TINY[modality], f"data.path={data[modality]}", f"train.precision={precision}", "train.steps=24"]
+    common += [f"train.deepspeed=ds_configs/zero{stage}.json", "run.save_every=5"]
+    run("pretrain", *common, f"run.dir={tmp_path / 'whole'}")
+    folder = tmp_path / "stopped"
+    process = start("pretrain", *common, f"run.dir={folder}")
+    wait_for(lambda: progress(folder) >= 3, process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    assert process.returncode == 75
+    assert progress(folder) < 24
+    run("pretrain", *common, f"run.dir={folder}")
+    assert_identical(folder, tmp_path / "whole")
+
+
+def test_another_tokenizer_is_refused(tmp_path: Path, data: dict[str, str]) -> None:
+    common = [TINY["text"], f"run.dir={tmp_path / 'run'}", "train.steps=2"]
+    told = run("pretrain", *common, f"data.path={data['text']}", "model.text.vocabulary=301", status=2).stderr
+    assert "tokenizer of 300 ids" in told and "model.text.vocabulary=300" in told
+    run("pretrain", *common, f"data.path={data['text']}")
+    (tmp_path / "run" / "text.model").write_bytes(b"another")
+    told = run("pretrain", *common, f"data.path={data['text']}", status=2).stderr
+    assert "is not the text.model that this run began with" in told
