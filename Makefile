@@ -2,11 +2,27 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check setup clean
+.PHONY: demo demo-speech demo-text test check setup clean
 
 demo: .venv/.ready
 	$(BIN)/python -m pretrain configs/pretrain/image_demo.yaml $(ARGS)
 	$(BIN)/python -m finetune.report runs/image_demo
+
+demo-speech: .venv/.ready
+	$(BIN)/python -m pretrain configs/pretrain/audio_demo.yaml $(ARGS)
+	$(BIN)/python -m finetune.report runs/audio_demo
+
+demo-text: .venv/.ready runs/corpus/english.idx
+	$(BIN)/python -m pretrain configs/pretrain/text_demo.yaml $(ARGS)
+	$(BIN)/python -m finetune.report runs/text_demo --data data/movie_reviews
+
+# Of the reviews only the training sentences, without their labels.
+TEXTS := data/state_of_the_union/state_of_the_union.txt.xz runs/corpus/reviews.txt
+runs/corpus/english.idx: .venv/.ready data/state_of_the_union/state_of_the_union.txt.xz data/movie_reviews/train.tsv.gz
+	rm -rf runs/corpus && mkdir -p runs/corpus
+	gzip -dc data/movie_reviews/train.tsv.gz | cut -f2 > runs/corpus/reviews.txt
+	$(BIN)/python -m pretrain.data.tokenizer train $(TEXTS) --vocabulary 8000 --out runs/corpus/tokenizer.model
+	$(BIN)/python -m pretrain.data.corpus $(TEXTS) --tokenizer runs/corpus/tokenizer.model --out runs/corpus/english
 
 test: .venv/.ready-dev
 	$(BIN)/python -m pytest $(ARGS)

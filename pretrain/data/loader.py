@@ -91,7 +91,8 @@ def build_sampler(dataset: Dataset, config: Config, plan: BatchPlan, rank: int, 
     """What yields lists of keys: clips of like length where samples differ in length, a plain shuffle elsewhere."""
     seed = config.train.seed
     if isinstance(dataset, AudioDataset):
-        return PackSampler(dataset.lengths, plan, rank, seed, first_batch, config.data.audio.pool)
+        audio = config.data.audio
+        return PackSampler(dataset.lengths, plan, rank, seed, first_batch, audio.pool, multiple=audio.multiple)
     return StreamSampler(len(dataset), plan, rank, seed, first_batch)
 
 

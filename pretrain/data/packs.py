@@ -30,9 +30,10 @@ class PackSampler(Sampler[list[Key]]):
     """Endless packs of (epoch, index, samples) keys for one rank; a pack is a micro-batch.
 
     `lengths` (n,) are the recordings' samples and `plan.micro_batch` bounds those of a pack: its recordings times the
-    shortest, to which all are cropped, or with `padded` times the longest, and each keeps its own length. Every epoch
-    shuffles the recordings, sorts them by length within pools of `pool` or a little fewer, fills packs greedily, and
-    shuffles the packs; each recording is in one of them.
+    shortest, to which all are cropped (or to the `multiple` below it, so that fewer shapes have to be prepared for),
+    or with `padded` times the longest, and each keeps its own length. Every epoch shuffles the recordings, sorts them
+    by length within pools of `pool` or a little fewer, fills packs greedily, and shuffles the packs; each recording is
+    in one of them.
 
     The packs of all epochs form one stream, and global batch g is the slice [g * N, (g + 1) * N) of it, across the end
     of an epoch if need be, where N = ranks x accumulation. So the stream is the same for any number of ranks or
@@ -50,6 +51,7 @@ class PackSampler(Sampler[list[Key]]):
         first_batch: int = 0,
         pool: int = 4096,
         padded: bool = False,
+        multiple: int = 1,
     ) -> None:
         self.lengths = np.asarray(lengths, np.int64)
         if not len(self.lengths):
@@ -62,7 +64,7 @@ class PackSampler(Sampler[list[Key]]):
                 f"({longest / 16_000:.1f} s at 16 kHz): allow that many, or crop recordings shorter"
             )
         self.plan, self.rank, self.seed, self.first_batch = plan, rank, seed, first_batch
-        self.pool, self.padded = pool, padded
+        self.pool, self.padded, self.multiple = pool, padded, multiple
 
     def __iter__(self) -> Iterator[list[Key]]:
         share = self.plan.accumulation
@@ -81,7 +83,9 @@ class PackSampler(Sampler[list[Key]]):
     def _keys(self, number: int, epoch: _Epoch, pack: int) -> list[Key]:
         clips = epoch.clips[epoch.starts[pack] : epoch.ends[pack]]
         lengths = self.lengths[clips]
-        samples = lengths if self.padded else np.full_like(lengths, lengths.min())
+        shortest = lengths.min()
+        cropped = shortest - shortest % self.multiple or shortest
+        samples = lengths if self.padded else np.full_like(lengths, cropped)
         return [(number, clip, count) for clip, count in zip(clips.tolist(), samples.tolist(), strict=True)]
 
     def _epoch(self, number: int) -> _Epoch:

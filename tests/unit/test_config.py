@@ -169,7 +169,7 @@ def test_a_missing_file_suggests_the_near_name():
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs" / "pretrain").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_loads_and_comes_back_from_its_text(config, file):
-    resolved = load(file, ["optim.lr=3e-4", "model.loss.scale=0.5", "train.micro_batch=2"])
+    resolved = load(file, ["optim.lr=3e-4", "model.loss.scale=0.5", "train.micro_batch=640000"])
     assert config(to_yaml(resolved)) == resolved
     assert resolved.run.dir == f"runs/{file.stem}"
 
@@ -294,7 +294,7 @@ def test_dry_run_prints_the_config_and_its_costs(command, config):
     decoder = 6 * (768 * 48 * 9 + 768) + 768**2 + 768
     assert f"{(student + decoder) / 1e6:.2f} M trained (student {student / 1e6:.2f} M" in costs
     assert "196 positions, 39 seen, 157 predicted" in costs
-    assert "256 global = 16 ranks x 16 x 1" in costs
+    assert "256 images = 16 ranks x 16 x 1" in costs
 
 
 def test_exit_status_and_streams_of_the_process():
@@ -306,3 +306,43 @@ def test_exit_status_and_streams_of_the_process():
     assert [run.returncode for run in runs] == [2, 0]
     assert error.startswith("error: ") and error.count("\n") == 1 and "did you mean train.steps?" in error
     assert "M trained" in costs and nothing == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (["train.micro_batch=null"], "train.micro_batch=None must be given for speech"),
+        (["train.micro_batch=100000"], "at least 320000 for a clip of model.audio.seconds=20"),
+        (["data.audio.min_seconds=30"], "data.audio.min_seconds=30.0 is longer than model.audio.seconds=20"),
+        (["data.audio.min_seconds=0.02"], "none could be hidden"),
+        (["data.audio.pool=0"], "data.audio.pool and data.audio.multiple must be at least 1"),
+    ],
+)
+def test_speech_that_cannot_be_batched(changes, told):
+    with pytest.raises(ConfigError, match="^[^\n]+$") as error:
+        load(ROOT / "configs/pretrain/audio_base.yaml", changes)
+    assert told in str(error.value)
+
+
+PUBLISHED = {  # docs/method.md 1, 3: blocks, prenet, masks, averaged blocks, hidden positions
+    "audio_base": (12, 0, 8, 8, 499),
+    "audio_large": (16, 8, 12, 16, 549),
+    "text_base": (12, 0, 8, 12, 246),
+    "text_large": (24, 0, 8, 24, 256),
+    "text_large_1m": (24, 0, 8, 24, 256),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_are_the_published_ones(name):
+    model = load(ROOT / f"configs/pretrain/{name}.yaml").model
+    hidden = model.mask.hidden(model.positions)
+    shape = (model.depth, model.prenet_depth, model.num_masks, model.targets.top_k_layers, hidden)
+    assert shape == PUBLISHED[name]
+    assert model.loss_scale == (1 if model.modality == "text" else model.width**-0.5)
+    norms = model.targets
+    assert (norms.instance_norm_layer, norms.layer_norm_layer, norms.layer_norm, norms.instance_norm) == (
+        (False, True, False, True) if "text_large" in name else (True, False, False, False)
+    )
+    assert model.loss.beta == (4 if name == "text_large_1m" else 0)
+    assert model.dropout.layer == (0.05 if name == "audio_base" else 0)

@@ -125,3 +125,13 @@ def test_keys_are_plain_integers():
 def test_an_empty_data_set_is_refused():
     with pytest.raises(ValueError, match="empty"):
         PackSampler([], PLANS[0], 0, 1)
+
+
+def test_crops_are_multiples_where_clips_are_long_enough():
+    lengths = np.random.default_rng(3).integers(50, 2000, 300)
+    plain, rounded = (
+        list(islice(PackSampler(lengths, BatchPlan(1, 4000, 1), 0, 1, pool=64, multiple=m), 40)) for m in (1, 128)
+    )
+    for pack, other in zip(plain, rounded, strict=True):
+        assert [key[:2] for key in pack] == [key[:2] for key in other]
+        assert {key[2] for key in other} == {pack[0][2] // 128 * 128 or pack[0][2]}
