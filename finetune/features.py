@@ -4,42 +4,37 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
+from scipy.sparse import csr_matrix, vstack
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from finetune.modality import MODALITIES
+from finetune.samples import Array, Inputs, Matrix, Represent, Samples, like_sized, valid
 from models.config import ModelConfig
-from models.data2vec import Encoder
+from models.data2vec import FRONT_ENDS, Encoder
 from pretrain.checkpoint import CheckpointError, latest
 from pretrain.config import Config, ConfigError, load
-from pretrain.data.collate import Sample
-from pretrain.data.image import ImageDataset
+from pretrain.data.sources import DataError
 from pretrain.progress import Progress
-
-Array = NDArray[np.float32]
-Represent = Callable[[Tensor], Tensor]  # pixels (B, C, H, W) uint8 -> (B, D) float
 
 
 class Features(NamedTuple):
     positions: Tensor  # (B, T, D) fp32, extra tokens dropped
-    pooled: Tensor  # (B, D), their mean
-
-
-CELLS = 2  # a side: probes see the means of the four quarters, for where things are in a picture is worth keeping
+    pooled: Tensor  # (B, D), their mean, without padding
 
 
 class FrozenEncoder:
-    """An encoder in fp32 that no longer learns. Calling it gives what probes see: (B, CELLS**2 * D)."""
+    """An encoder in fp32 that no longer learns. Calling it gives what probes see: (B, D')."""
 
     def __init__(self, encoder: Encoder, config: ModelConfig, device: torch.device | None = None) -> None:
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -52,22 +47,31 @@ class FrozenEncoder:
         return cls(_fresh(config, seed), config)
 
     @torch.inference_mode()
-    def features(self, pixels: Tensor, layer: int = -1) -> Features:
-        """uint8 (B, C, H, W) -> features after main block `layer`, counted as Python counts.
+    def features(self, inputs: Tensor, layer: int = -1, lengths: Tensor | None = None) -> Features:
+        """Inputs as the model's batches have them, uint8 (B, C, H, W), waveforms (B, samples) or ids (B, T), with
+        `lengths` (B,) in positions if some are padded -> features after main block `layer`, counted as Python counts.
 
         Raises IndexError if there is no such block.
         """
         last = range(self.config.depth)[layer]
-        x, bias = self.encoder.context(self.encoder.local(pixels.to(self.device)))
+        lengths = None if lengths is None else lengths.to(self.device)
+        assert self.encoder.local is not None
+        local = self.encoder.local(inputs.to(self.device), lengths)
+        if lengths is not None:
+            local = local * valid(local, lengths)  # nothing comes from behind the end, as in a sample alone
+        x, bias = self.encoder.context(local, lengths=lengths)
         for output, _ in islice(self.encoder.layers(x, bias), last + 1):
             x = output
         positions = x[:, self.config.extra_tokens :]
-        return Features(positions, positions.mean(dim=1))
+        real = valid(positions, lengths)
+        return Features(positions, (positions * real).sum(dim=1) / real.sum(dim=1))
 
-    def __call__(self, pixels: Tensor) -> Tensor:
-        positions = self.features(pixels).positions
-        grid = positions.transpose(1, 2).unflatten(2, self.config.grid_shape)
-        return F.adaptive_avg_pool2d(grid, CELLS).flatten(1)
+    def __call__(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
+        positions = self.features(inputs, lengths=lengths).positions
+        return MODALITIES[self.config.modality].seen(positions, lengths, self.config)
+
+    def represent(self, batch: Inputs) -> Tensor:
+        return self(batch.inputs, batch.lengths)
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,8 @@ def find(path: str | Path) -> Checkpoint:
 def load_encoder(path: str | Path, which: str = "teacher") -> FrozenEncoder:
     """The teacher (fp32, put together from every rank's pieces) or the student of a run's newest or a given checkpoint.
 
+    A teacher that is given the student's local features comes with the student's local encoder.
+
     Raises ConfigError or CheckpointError, in one line, if it is not to be had.
     """
     if which not in WEIGHTS:
@@ -121,7 +127,13 @@ def load_encoder(path: str | Path, which: str = "teacher") -> FrozenEncoder:
     config = found.config.model
     encoder = _fresh(config, seed=0)
     shapes = {name: parameter.shape for name, parameter in encoder.named_parameters()}
-    state = WEIGHTS[which](found.folder, shapes)
+    weights = partial(WEIGHTS[which], found.folder)
+    borrowed = {}
+    if which == "teacher" and FRONT_ENDS[config.modality].given:
+        borrowed = {name: shape for name, shape in shapes.items() if name.startswith("local.")}
+    state = weights({name: shape for name, shape in shapes.items() if name not in borrowed})
+    if borrowed:
+        state |= student_weights(found.folder, borrowed)
     wrong = [name for name, shape in shapes.items() if name not in state or state[name].shape != shape]
     if wrong:
         raise CheckpointError(f"{found.folder}: the {which}'s weights do not fit its config.yaml, first {wrong[0]}")
@@ -172,40 +184,57 @@ WEIGHTS = {"teacher": assemble_teacher, "student": student_weights}
 
 
 def extract(
-    represent: Represent,
-    dataset: ImageDataset,
+    encoder: FrozenEncoder,
+    dataset: Samples,
     batch_size: int = 256,
     label: str = "",
     indices: Sequence[int] | None = None,
 ) -> Array:
-    """The features (n, D) of a data set, in its order. Say ImageDataset(train=False), or they are of random crops."""
-    return extract_each([represent], dataset, batch_size, label, indices)[0]
+    """What probes see (n, D) of a data set, in its order, which should be made with train=False if it can."""
+    found = extract_each([encoder.represent], dataset, encoder.config, batch_size, label, indices)[0]
+    assert isinstance(found, np.ndarray)
+    return found
 
 
 def extract_each(
     represent: Sequence[Represent],
-    dataset: ImageDataset,
+    dataset: Samples,
+    config: ModelConfig,
     batch_size: int = 256,
     label: str = "",
     indices: Sequence[int] | None = None,
     workers: int = 0,
-) -> list[Array]:
-    """Several representations of the images `indices` (None: all), read once. -> one (n, D) each."""
-    chosen = range(len(dataset)) if indices is None else indices
-    keys = [(0, int(i)) for i in chosen]
-    loader = DataLoader(dataset, batch_size, sampler=keys, collate_fn=stack_pixels, num_workers=workers)
-    parts: list[list[Array]] = [[] for _ in represent]
-    with Progress(label, len(keys)) as progress:
-        for pixels in loader:
-            for part, function in zip(parts, represent, strict=True):
-                part.append(function(pixels).float().cpu().numpy())
-            progress.advance(len(pixels))
-    return [np.concatenate(part) for part in parts]
+) -> list[Matrix]:
+    """Several representations of the samples `indices` (None: all), read once. -> one (n, D) each, in their order.
+
+    Samples of like length meet in a batch, of `batch_size` at most. Raises DataError, in one line, for what cannot be
+    read.
+    """
+    modality = MODALITIES[config.modality]
+    chosen = np.arange(len(dataset)) if indices is None else np.asarray(indices, np.int64)
+    batches = like_sized(modality.sizes(dataset)[chosen], batch_size, modality.largest)
+    loader: DataLoader[Inputs] = DataLoader(
+        dataset,  # type: ignore[arg-type]
+        batch_sampler=[[(0, int(chosen[i])) for i in batch] for batch in batches],  # type: ignore[arg-type]
+        collate_fn=partial(modality.collate, config),
+        num_workers=workers,
+    )
+    parts: list[list[Matrix]] = [[] for _ in represent]
+    with Progress(label, len(chosen)) as progress:
+        try:
+            for batch in loader:
+                for part, function in zip(parts, represent, strict=True):
+                    found = function(batch)
+                    part.append(found.float().cpu().numpy() if isinstance(found, Tensor) else found)
+                progress.advance(len(batch.inputs))
+        except DataError as error:  # a worker's comes with its traceback as text, the message last
+            raise DataError(str(error).strip().splitlines()[-1].rpartition("DataError: ")[2]) from None
+    places = np.argsort(np.concatenate(batches), kind="stable")
+    return [_stacked(part)[places] for part in parts]
 
 
-def stack_pixels(samples: Sequence[Sample]) -> Tensor:
-    """-> (B, C, H, W) uint8."""
-    return torch.stack([sample.inputs for sample in samples])
+def _stacked(parts: list[Matrix]) -> Matrix:
+    return vstack(parts, format="csr") if isinstance(parts[0], csr_matrix) else np.concatenate(parts)
 
 
 def _fresh(config: ModelConfig, seed: int) -> Encoder:

@@ -1,4 +1,4 @@
-"""The panels of the report's picture, each drawn into axes of its own."""
+"""The upper panels of the report's picture, and what the lower ones of all modalities share."""
 
 from __future__ import annotations
 
@@ -8,28 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.gridspec import SubplotSpec
-from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
-from sklearn.decomposition import PCA
 from sklearn.preprocessing import normalize
 
-from finetune.features import FrozenEncoder, extract, stack_pixels
-from finetune.probe import DRAWS, METHOD_NAMES, METHODS, PIXELS, PRETRAINED, UNTRAINED, Labels, ProbeTable
-from models.data2vec import Batch
+from finetune.features import FrozenEncoder, extract
+from finetune.modality import MODALITIES
+from finetune.probe import DRAWS, METHOD_NAMES, METHODS, PRETRAINED, UNTRAINED, ProbeTable
+from finetune.samples import Labels
 from pretrain.config import Config
-from pretrain.data.collate import Collate
-from pretrain.data.image import ImageDataset
+from pretrain.data.collate import Collate, Sample
 
 Picture = NDArray[np.float64]  # (H, W, 3) in [0, 1]
 
 INK, MUTED, LINE, HIDDEN = "#1B2733", "#6B7885", "#D5DBE1", (0.84, 0.86, 0.88)
 BLUE, ORANGE, GREY, GREEN, RED = "#0B6BB0", "#E08A00", "#A3ADB8", "#009E73", "#D55E00"
-ROW_COLOURS = {PRETRAINED: BLUE, UNTRAINED: GREY, PIXELS: ORANGE}
 STYLE: dict[Any, Any] = {
     "font.size": 10,
     "text.color": INK,
@@ -47,21 +43,37 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
 }
 
-ROWS, NEIGHBOURS, MASKS_SHOWN = 6, 6, 4  # of tiles in the lower panels; neighbours and masks beside each image
-PCA_IMAGES = 500
+ROWS = 6  # of samples in the lower panels
 
 
 @dataclass(frozen=True)
 class Shown:
-    """The images that the picture is made of: queries, and a gallery that their neighbours come from."""
+    """The samples that the picture is made of: queries, and a gallery that their neighbours come from."""
 
-    queries: ImageDataset
-    gallery: ImageDataset
+    queries: Any  # finetune.samples.Samples
+    gallery: Any
     query_ids: list[int]
     gallery_ids: list[int]
     query_y: Labels | None
     gallery_y: Labels | None
     classes: list[str]
+
+    def query(self, row: int) -> Any:
+        return self.queries[0, self.query_ids[row]]
+
+    def found(self, i: int) -> Any:
+        """Sample `i` of the gallery."""
+        return self.gallery[0, self.gallery_ids[i]]
+
+    def same(self, row: int, i: int) -> bool | None:
+        """Whether query and gallery sample are of one class, if that is known."""
+        if self.query_y is None or self.gallery_y is None:
+            return None
+        return bool(self.gallery_y[i] == self.query_y[row])
+
+    @property
+    def kind(self) -> str:
+        return "training" if self.queries is self.gallery else "test"
 
 
 def read_metrics(path: Path) -> dict[str, NDArray[np.float64]]:
@@ -84,8 +96,9 @@ def smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return (sums[at + reach + 1] - sums[at - reach]) / (2 * reach + 1)
 
 
-def draw_loss(axes: Axes, metrics: dict[str, NDArray[np.float64]]) -> None:
-    titled(axes, "Loss", "mean over the hidden patches of a step's batch")
+def draw_loss(axes: Axes, metrics: dict[str, NDArray[np.float64]], config: Config) -> None:
+    position = MODALITIES[config.model.modality].position
+    titled(axes, "Loss", f"mean over the hidden {position} of a step's batch")
     steps, loss = metrics["step"], metrics["loss"]
     smooth = smoothed(loss)
     axes.plot(steps, loss, color=BLUE, alpha=0.3, lw=1, marker="o" if len(loss) <= 12 else None, ms=3.5)
@@ -103,7 +116,8 @@ def draw_loss(axes: Axes, metrics: dict[str, NDArray[np.float64]]) -> None:
 
 
 def draw_deviations(axes: Axes, metrics: dict[str, NDArray[np.float64]], config: Config) -> None:
-    titled(axes, "Deviation of targets and predictions", "near 0, all patches would look alike: collapse")
+    position = MODALITIES[config.model.modality].position
+    titled(axes, "Deviation of targets and predictions", f"near 0, all {position} would look alike: collapse")
     steps = metrics["step"]
     marker = "o" if len(steps) <= 12 else None
     for name, colour, least in (
@@ -115,7 +129,7 @@ def draw_deviations(axes: Axes, metrics: dict[str, NDArray[np.float64]], config:
             axes.axhline(least, color=colour, lw=1, ls=":")
     highest = max(metrics[f"{name}_deviation"].max(initial=0) for name in ("target", "prediction"))
     axes.set_ylim(0, max(1.1, 1.1 * highest))
-    axes.legend(loc="lower right", ncols=2, handlelength=1.4)
+    axes.legend(loc="best", ncols=2, handlelength=1.4)
     _steps(axes)
 
 
@@ -124,9 +138,10 @@ def draw_table(figure: Figure, place: SubplotSpec, table: ProbeTable) -> None:
     grid = place.subgridspec(1, 2, wspace=0.06)
     first: Axes | None = None
     counts, width = table.counts, 0.27
+    colours = {PRETRAINED: BLUE, UNTRAINED: GREY, table.baseline: ORANGE}
     for i, method in enumerate(METHODS):
         axes = figure.add_subplot(grid[i], sharey=first)
-        for j, (row, colour) in enumerate(ROW_COLOURS.items()):
+        for j, (row, colour) in enumerate(colours.items()):
             values = [table.rows[row][method][c] for c in counts]
             x = np.arange(len(counts)) + (j - 1) * width
             heights = np.array([100 * v.mean for v in values])
@@ -169,117 +184,54 @@ def draw_table(figure: Figure, place: SubplotSpec, table: ProbeTable) -> None:
             )
 
 
-def draw_masks(axes: Axes, shown: Shown, pixels: torch.Tensor, config: Config) -> None:
-    """Each input and some of its masked views, drawn by the very code that feeds training (epoch 0)."""
-    count = min(MASKS_SHOWN, config.model.num_masks)
-    samples = [shown.queries[0, i] for i in shown.query_ids[: len(pixels)]]
-    batch: Batch = Collate(config.model, config.train.seed)(samples)
-    hidden = torch.zeros(len(batch.ids_mask), config.model.positions, dtype=torch.bool)
-    hidden.scatter_(1, batch.ids_mask, True)
-    grid = hidden.view(len(samples), config.model.num_masks, *config.model.grid_shape).numpy()
-    patch = config.model.image.patch
-    for row, image in enumerate(as_pictures(pixels)):
-        _tile(axes, image, 0, row)
-        for m in range(count):
-            greyed = image.copy()
-            greyed[np.kron(grid[row, m], np.ones((patch, patch), bool))] = HIDDEN
-            _tile(axes, greyed, 1.25 + m, row)
-    share = len(batch.ids_mask[0]) / config.model.positions
-    _panel(
-        axes,
-        "The task",
-        f"{count} of {config.model.num_masks} views of each image; the hidden {100 * share:.0f} % are to be predicted",
-        1.25 + count,
-        len(samples),
-    )
+def hidden(sample: Sample, config: Config) -> NDArray[np.bool_]:
+    """(M, *grid) of a sample's masks, True where they hide: drawn by the very code that feeds training."""
+    batch = Collate(config.model, config.train.seed)([sample])
+    grid = config.model.grid(sample.inputs.shape[-1])
+    found = np.zeros((len(batch.ids_mask), int(np.prod(grid))), bool)
+    np.put_along_axis(found, batch.ids_mask.numpy(), True, axis=1)
+    return found.reshape(len(found), *grid)
 
 
-def draw_neighbours(axes: Axes, shown: Shown, pixels: torch.Tensor, encoder: FrozenEncoder) -> None:
-    """Queries and their nearest gallery images by cosine of the centred pooled features."""
+def nearest(shown: Shown, encoder: FrozenEncoder, rows: int, count: int) -> NDArray[np.int64]:
+    """(rows, count) of the gallery, by cosine of what probes see, centred; no query is its own neighbour."""
     keys = extract(encoder, shown.gallery, label="features for the picture", indices=shown.gallery_ids)
-    queries = np.concatenate([encoder(part).cpu().numpy() for part in pixels.split(64)])
+    queries = extract(encoder, shown.queries, indices=shown.query_ids[:rows])
     centre = keys.mean(axis=0)
     cosine = normalize(queries - centre) @ normalize(keys - centre).T
     if shown.queries is shown.gallery:
-        cosine[np.asarray(shown.query_ids[: len(pixels)])[:, None] == np.asarray(shown.gallery_ids)] = -2
-    nearest = np.argsort(-cosine, axis=1)[:, :NEIGHBOURS]
-    for row, (image, near) in enumerate(zip(as_pictures(pixels), nearest, strict=True)):
-        _tile(axes, image, 0, row)
-        found = stack_pixels([shown.gallery[0, shown.gallery_ids[i]] for i in near])
-        for column, (picture, i) in enumerate(zip(as_pictures(found), near, strict=True)):
-            same = None
-            if shown.query_y is not None and shown.gallery_y is not None:
-                same = bool(shown.gallery_y[i] == shown.query_y[row])
-            _tile(axes, picture, 1.25 + column, row, same)
-    kind = "training" if shown.queries is shown.gallery else "test"
-    sub = f"a {kind} image; nearest of {len(keys):,} training images"
-    _panel(axes, "What the teacher finds alike", sub, 1.25 + nearest.shape[1], len(pixels))
-    if shown.query_y is not None:
-        for x, text, colour in ((-92, "✓ same class", GREEN), (0, "✗ another class", RED)):
-            axes.annotate(
-                text,
-                (1, 1),
-                (x, 9),
-                xycoords="axes fraction",
-                textcoords="offset points",
-                ha="right",
-                fontsize=9,
-                color=colour,
-                fontweight="bold",
-            )
+        cosine[np.asarray(shown.query_ids[: len(queries)])[:, None] == np.asarray(shown.gallery_ids)] = -2
+    return np.argsort(-cosine, axis=1)[:, :count]
 
 
-def draw_components(axes: Axes, shown: Shown, pixels: torch.Tensor, encoder: FrozenEncoder) -> None:
-    """The first three principal components of patch features as red, green and blue, one scale for all images."""
-    fit = stack_pixels([shown.gallery[0, i] for i in shown.gallery_ids[:PCA_IMAGES]])
-    patches = torch.cat([encoder.features(part).positions.cpu() for part in fit.split(64)]).numpy()
-    mean = patches.mean(axis=0)  # of each position: what is left is what the image adds to its place
-    model = PCA(3, random_state=0).fit((patches - mean).reshape(-1, patches.shape[-1]))
-    low, high = np.percentile(model.transform((patches - mean).reshape(-1, patches.shape[-1])), (2, 98), axis=0)
-    own = encoder.features(pixels).positions.cpu().numpy() - mean
-    colours = (model.transform(own.reshape(-1, own.shape[-1])) - low) / np.maximum(high - low, 1e-9)
-    colours = colours.clip(0, 1).reshape(len(pixels), *encoder.config.grid_shape, 3)
-    for row, (image, colour) in enumerate(zip(as_pictures(pixels), colours, strict=True)):
-        x, y = 2.3 * (row // ROWS), row % ROWS
-        _tile(axes, image, x, y)
-        _tile(axes, colour, x + 1, y)
-    share = 100 * model.explained_variance_ratio_.sum()
-    _panel(axes, "What patches are made of", f"3 components ({share:.0f} % of variance) as RGB", 4.3, ROWS)
+def mark(axes: Axes, x: float, y: float, same: bool, size: float = 7.5) -> None:
+    """A white tick or cross on green or red, centred at (x, y)."""
+    axes.text(
+        x,
+        y,
+        "✓" if same else "✗",
+        color="white",
+        ha="center",
+        va="center",
+        fontsize=size,
+        fontweight="bold",
+        bbox={"boxstyle": "square,pad=0.18", "fc": GREEN if same else RED, "ec": "none"},
+    )
 
 
-def as_pictures(pixels: torch.Tensor) -> list[Picture]:
-    """uint8 (B, C, H, W) -> B arrays (H, W, 3) in [0, 1]."""
-    return list((pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).double() / 255).numpy())
-
-
-def _tile(axes: Axes, image: Picture, x: float, row: int, same: bool | None = None) -> None:
-    """One image in the unit square at column x; `same` puts a coloured frame and a mark on it."""
-    gap = 0.04
-    box = (x + gap, x + 1 - gap, row + 1 - gap, row + gap)
-    axes.imshow(image, extent=box, interpolation="nearest", vmin=0, vmax=1)
-    colour = LINE if same is None else GREEN if same else RED
-    side = 1 - 2 * gap
-    axes.add_patch(Rectangle((x + gap, row + gap), side, side, fill=False, ec=colour, lw=0.8 if same is None else 2.2))
-    if same is not None:
-        axes.text(
-            x + 0.86,
-            row + 0.15,
-            "✓" if same else "✗",
-            color="white",
-            ha="center",
-            va="center",
-            fontsize=7.5,
+def explain_marks(axes: Axes) -> None:
+    for x, text, colour in ((-92, "✓ same class", GREEN), (0, "✗ another class", RED)):
+        axes.annotate(
+            text,
+            (1, 1),
+            (x, 9),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            ha="right",
+            fontsize=9,
+            color=colour,
             fontweight="bold",
-            bbox={"boxstyle": "square,pad=0.18", "fc": colour, "ec": "none"},
         )
-
-
-def _panel(axes: Axes, title: str, sub: str, columns: float, rows: int) -> None:
-    axes.set_xlim(0, columns)
-    axes.set_ylim(rows, 0)
-    axes.set_aspect("equal", anchor="NW")
-    axes.set_axis_off()
-    titled(axes, title, sub)
 
 
 def titled(axes: Axes, title: str, sub: str = "") -> None:

@@ -1,10 +1,11 @@
 """How well classes can be told from frozen features: k nearest neighbours and a linear probe, on few labels and on all.
 
-python -m finetune.probe RUN_OR_CHECKPOINT [--labels 100 1000 all] [--which teacher|student]
+python -m finetune.probe RUN_OR_CHECKPOINT [--labels 100 1000 all] [--which teacher|student] [--data PATH]
 
-One procedure for every representation. Both probes see features that are centred on the labelled images; the neighbours
-are then those of greatest cosine, the linear probe's features are divided by their deviations. Everything that could be
-tuned is tuned on labelled training images alone.
+One procedure for every representation. Both probes see features that are centred on the labelled samples; the
+neighbours are then those of greatest cosine, the linear probe's features are divided by their deviations. Sparse
+features, which centring would fill, are taken as they are. Everything that could be tuned is tuned on labelled training
+samples alone.
 """
 
 from __future__ import annotations
@@ -19,47 +20,41 @@ from pathlib import Path
 from statistics import fmean, pstdev
 
 import numpy as np
-import torch.nn.functional as F
-from numpy.typing import NDArray
+from scipy.sparse import issparse
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import normalize
-from torch import Tensor
 
-from finetune.features import WEIGHTS, Array, FrozenEncoder, Represent, extract_each, find, load_encoder
+from finetune.features import WEIGHTS, FrozenEncoder, extract_each, find, load_encoder
+from finetune.modality import MODALITIES
+from finetune.samples import Labelled, Labels, Matrix, Represent, Samples
 from pretrain.checkpoint import CheckpointError, write_atomically
 from pretrain.config import Config, ConfigError
 from pretrain.data.fetch import resolve
-from pretrain.data.image import ImageDataset
-from pretrain.data.sources import DataError, ImageSource, open_images
+from pretrain.data.sources import DataError
 from pretrain.progress import Progress
 
-Labels = NDArray[np.int64]
 Count = int | str  # of labels; ALL for as many as there are
 
 ALL = "all"
 COUNTS: tuple[Count, ...] = (100, 1000, ALL)
 METHODS = ("knn", "linear")
-PRETRAINED, UNTRAINED, PIXELS = "pre-trained", "untrained", "raw pixels"
+PRETRAINED, UNTRAINED = "pre-trained", "untrained"
 
 DRAWS = 5  # of every subset smaller than all
 NEIGHBOURS = 10
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # C of the linear probe
+SPARSE_STRENGTHS = (0.1, 1.0, 10.0, 100.0)  # on rows of length 1
 FOLDS = 5
 CROSS_VALIDATE = 200  # up to so many labels C is judged on every fold, above on the first
-MOST_TRAIN, MOST_TEST = 60_000, 10_000  # images, evenly over classes; more would take hours and change little
-PIXEL_EDGE = 32  # larger images are averaged down before their pixels count as features
-
-
-class NoProbe(DataError):
-    """The data cannot say how good features are: no labels, or nothing held out."""
+MOST_TRAIN, MOST_TEST = 60_000, 10_000  # samples, evenly over classes; more would take hours and change little
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Share of test images told right: over the draws of the labels, of which `all` has one."""
+    """Share of test samples told right: over the draws of the labels, of which `all` has one."""
 
     mean: float
     std: float
@@ -68,7 +63,8 @@ class Accuracy:
 
 @dataclass
 class ProbeTable:
-    """Accuracies [representation][method][count of labels as text]; for whom and from what."""
+    """Accuracies [representation][method][count of labels as text]; for whom and from what. `train_images` and
+    `test_images` count samples, which are called `unit`; `data`: where they lie, if not where the run's data are."""
 
     step: int
     which: str
@@ -76,18 +72,25 @@ class ProbeTable:
     test_images: int
     classes: list[str]
     rows: dict[str, dict[str, dict[str, Accuracy]]] = field(default_factory=dict)
+    unit: str = "images"
+    data: str = ""
 
     @property
     def counts(self) -> list[str]:
-        return list(self.rows[PIXELS]["knn"])
+        return list(self.rows[PRETRAINED]["knn"])
+
+    @property
+    def baseline(self) -> str:
+        """The row of features that need no model."""
+        return next(row for row in self.rows if row not in (PRETRAINED, UNTRAINED))
 
     def __str__(self) -> str:
         counts = self.counts
         name, cell = max(map(len, self.rows)), 13
         bar = "-" * (name + 2 * (3 + cell * len(counts)))
         lines = [
-            f"accuracy in % on {self.test_images:,} test images, features frozen ({self.which} at step {self.step:,}, "
-            f"{self.train_images:,} training images)",
+            f"accuracy in % on {self.test_images:,} test {self.unit}, features frozen ({self.which} at step "
+            f"{self.step:,}, {self.train_images:,} training {self.unit})",
             " " * name + "".join(f"   {METHOD_NAMES[m]:^{cell * len(counts)}}" for m in METHODS),
             f"{'labels':<{name}}" + ("   " + "".join(f"{c:>{cell}}" for c in counts)) * len(METHODS),
             bar,
@@ -101,14 +104,14 @@ class ProbeTable:
 
     @property
     def verdict(self) -> str:
-        """One sentence: the pre-trained features against the pixels' neighbours, which are a strong baseline where
+        """One sentence: the pre-trained features against the baseline's neighbours, which for pixels are strong where
         images are small and centred."""
-        ours, pixels = self.rows[PRETRAINED], self.rows[PIXELS]["knn"]
+        ours, plain = self.rows[PRETRAINED], self.rows[self.baseline]["knn"]
         parts = []
         for count in self.counts:
-            gain = {m: 100 * (ours[m][count].mean - pixels[count].mean) for m in METHODS}
+            gain = {m: 100 * (ours[m][count].mean - plain[count].mean) for m in METHODS}
             parts.append(f"{count} labels {gain['knn']:+.1f} by kNN and {gain['linear']:+.1f} by a linear probe")
-        return f"Against kNN on raw pixels, {PRETRAINED} features give, in points: {'; '.join(parts)}."
+        return f"Against kNN on {self.baseline}, {PRETRAINED} features give, in points: {'; '.join(parts)}."
 
     def save(self, path: Path) -> None:
         write_atomically(path, json.dumps(asdict(self), indent=1) + "\n")
@@ -134,45 +137,49 @@ def balanced_order(labels: Labels, seed: int) -> Labels:
     """An order whose every beginning is as class-balanced as the data allow, so that smaller subsets lie in larger."""
     rng = np.random.default_rng(seed)
     shuffled = rng.permutation(len(labels))
-    rank = np.empty(len(labels), np.int64)  # of each image among those of its class
+    rank = np.empty(len(labels), np.int64)  # of each sample among those of its class
     for label in np.unique(labels):
         members = shuffled[labels[shuffled] == label]
         rank[members] = np.arange(len(members))
     return np.lexsort((rng.random(len(labels)), rank))
 
 
-def knn_accuracy(train_x: Array, train_y: Labels, test_x: Array, test_y: Labels) -> float:
+def knn_accuracy(train_x: Matrix, train_y: Labels, test_x: Matrix, test_y: Labels) -> float:
     """Neighbours by cosine on centred features, the nearer count for more; k = NEIGHBOURS, or fewer if a class has."""
     k = int(np.clip(np.bincount(train_y)[np.unique(train_y)].min(), 1, NEIGHBOURS))
-    centre = train_x.mean(axis=0)
+    centre = 0 if issparse(train_x) else train_x.mean(axis=0)
+    train, test = (normalize(x - centre if not issparse(x) else x) for x in (train_x, test_x))
     neighbours = KNeighborsClassifier(
         k, weights="distance", algorithm="brute"
     )  # unit vectors: distance orders as cosine
-    return float(neighbours.fit(normalize(train_x - centre), train_y).score(normalize(test_x - centre), test_y))
+    return float(neighbours.fit(train, train_y).score(test, test_y))
 
 
-def linear_accuracy(train_x: Array, train_y: Labels, test_x: Array, test_y: Labels, seed: int = 0) -> float:
+def linear_accuracy(train_x: Matrix, train_y: Labels, test_x: Matrix, test_y: Labels, seed: int = 0) -> float:
     """Multinomial logistic regression on standardised features; C is the best of STRENGTHS on held-out folds of the
     training labels, and all of them are then fitted with it."""
-    mean, std = train_x.mean(axis=0), train_x.std(axis=0)
-    std[std < 1e-6 * max(float(std.max()), 1e-12)] = np.inf  # a constant says nothing; on test images it may differ
-    train, test = (train_x - mean) / std, (test_x - mean) / std
+    train, test = train_x, test_x
+    if not issparse(train_x):
+        mean, std = train_x.mean(axis=0), train_x.std(axis=0)
+        std[std < 1e-6 * max(float(std.max()), 1e-12)] = np.inf  # a constant says nothing; on test it may differ
+        train, test = (train_x - mean) / std, (test_x - mean) / std
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         strength = _best_strength(train, train_y, seed)
         return float(_regression(strength).fit(train, train_y).score(test, test_y))
 
 
-def _best_strength(x: Array, y: Labels, seed: int) -> float:
+def _best_strength(x: Matrix, y: Labels, seed: int) -> float:
     folds = min(FOLDS, int(np.bincount(y)[np.unique(y)].min()))
+    strengths = SPARSE_STRENGTHS if issparse(x) else STRENGTHS
     if folds < 2:
-        return STRENGTHS[len(STRENGTHS) // 2]
-    splits = list(StratifiedKFold(folds, shuffle=True, random_state=seed).split(x, y))
-    score = dict.fromkeys(STRENGTHS, 0.0)
+        return strengths[len(strengths) // 2]
+    splits = list(StratifiedKFold(folds, shuffle=True, random_state=seed).split(np.zeros(len(y)), y))
+    score = dict.fromkeys(strengths, 0.0)
     for fit, held in splits if len(y) <= CROSS_VALIDATE else splits[:1]:
-        for strength in STRENGTHS:
+        for strength in strengths:
             score[strength] += _regression(strength).fit(x[fit], y[fit]).score(x[held], y[held])
-    return max(STRENGTHS, key=lambda s: (score[s], -s))
+    return max(strengths, key=lambda s: (score[s], -s))
 
 
 def _regression(strength: float) -> LogisticRegression:
@@ -186,7 +193,12 @@ def usable(labels: Labels, counts: Sequence[Count]) -> list[Count]:
 
 
 def probe(
-    train_x: Array, train_y: Labels, test_x: Array, test_y: Labels, labels: Sequence[Count] = COUNTS, progress: str = ""
+    train_x: Matrix,
+    train_y: Labels,
+    test_x: Matrix,
+    test_y: Labels,
+    labels: Sequence[Count] = COUNTS,
+    progress: str = "",
 ) -> dict[str, dict[str, Accuracy]]:
     """Accuracies [method][count] of one representation. Subsets are nested, balanced, the same for every features."""
     counts = usable(train_y, labels)
@@ -205,88 +217,52 @@ def probe(
     return {m: {c: Accuracy(fmean(s), pstdev(s), len(s)) for c, s in by.items()} for m, by in scores.items()}
 
 
-@dataclass(frozen=True)
-class Labelled:
-    """Training and test images of a run, centre-cropped, with labels that mean the same in both."""
+def labelled_data(config: Config, path: str = "", run: Path | None = None) -> Labelled:
+    """The `train` and `test` splits at `path`, or else of the run's data; `run` is its folder, if there is one.
 
-    train: ImageDataset
-    test: ImageDataset
-    train_y: Labels
-    test_y: Labels
-    classes: list[str]
+    Raises NoProbe, in one line, if they cannot judge features.
+    """
+    return MODALITIES[config.model.modality].labelled(config, resolve(path or config.data.path), run)
 
 
-def labelled_data(config: Config) -> Labelled:
-    """The `train` and `test` splits of the run's data. Raises NoProbe, in one line, if they cannot judge features."""
-    path = resolve(config.data.path)
-    train = open_images(path, "train")
-    if train.labels is None:
-        raise NoProbe(f"no probe: the images of {path} have no labels")
-    try:
-        test = open_images(path, "test")
-    except DataError as error:
-        raise NoProbe(f"no probe: no test images ({error})") from None
-    if len(test) == len(train) and test.name(0) == train.name(0):
-        raise NoProbe(f"no probe: {path} has no test split, its training images would be judged by themselves")
-    if test.labels is None:
-        raise NoProbe(f"no probe: the test images of {path} have no labels")
-    strange = [test.classes[i] for i in np.unique(test.labels) if test.classes[i] not in train.classes]
-    if strange:
-        raise NoProbe(f"no probe: {path} has test images of classes without training images: {', '.join(strange[:5])}")
-    number = np.array([train.classes.index(c) if c in train.classes else -1 for c in test.classes], np.int64)
-    return Labelled(
-        centre_crops(train, config), centre_crops(test, config), train.labels, number[test.labels], train.classes
-    )
-
-
-def centre_crops(source: ImageSource, config: Config) -> ImageDataset:
-    image = config.model.image
-    return ImageDataset(
-        source,
-        size=image.size,
-        seed=config.train.seed,
-        channels=image.channels,
-        max_pixels=config.data.image.max_pixels,
-        train=False,
-    )
-
-
-def raw_pixels(pixels: Tensor) -> Tensor:
-    """uint8 (B, C, H, W) -> (B, C*h*w) in [0, 1], averaged down to at most PIXEL_EDGE a side."""
-    scaled = pixels.float() / 255
-    if scaled.shape[-1] > PIXEL_EDGE:
-        scaled = F.adaptive_avg_pool2d(scaled, PIXEL_EDGE)
-    return scaled.flatten(1)
-
-
-def compare(path: str | Path, labels: Sequence[Count] = COUNTS, which: str = "teacher") -> ProbeTable:
-    """Probes a run's encoder, the same encoder before training, and raw pixels; writes probe.json into the run folder.
+def compare(
+    path: str | Path, labels: Sequence[Count] = COUNTS, which: str = "teacher", data_path: str = ""
+) -> ProbeTable:
+    """Probes a run's encoder, the same encoder before training, and a baseline, on the run's data or those at
+    `data_path`; writes probe.json into the run folder.
 
     Raises NoProbe for data without labels or test split; ConfigError, CheckpointError or DataError as it finds them.
     """
     found = find(path)
-    config = found.config
-    data = labelled_data(config)
+    config, modality = found.config, MODALITIES[found.config.model.modality]
+    data = labelled_data(config, data_path, found.run)
     if not usable(data.train_y, labels):
         raise ConfigError(f"--labels {' '.join(map(str, labels))}: give counts from {len(data.classes)} (one a class)")
+    train_ids, test_ids = spread(data.train_y, MOST_TRAIN), spread(data.test_y, MOST_TEST)
     representations: dict[str, Represent] = {
-        PRETRAINED: load_encoder(found.folder, which),
-        UNTRAINED: FrozenEncoder.untrained(config.model, config.train.seed),
-        PIXELS: raw_pixels,
+        PRETRAINED: load_encoder(found.folder, which).represent,
+        UNTRAINED: FrozenEncoder.untrained(config.model, config.train.seed).represent,
+        modality.baseline: modality.plain(data.train, train_ids.tolist()),
     }
 
-    def features(dataset: ImageDataset, y: Labels, most: int, label: str) -> tuple[list[Array], Labels]:
-        chosen = np.sort(balanced_order(y, seed=0)[:most])
+    def features(dataset: Samples, chosen: Labels, label: str) -> list[Matrix]:
         functions = list(representations.values())
-        return extract_each(functions, dataset, 256, label, chosen.tolist(), config.data.workers), y[chosen]
+        return extract_each(functions, dataset, config.model, 256, label, chosen.tolist(), config.data.workers)
 
-    train, train_y = features(data.train, data.train_y, MOST_TRAIN, "features of training images")
-    test, test_y = features(data.test, data.test_y, MOST_TEST, "features of test images")
-    table = ProbeTable(found.step, which, len(train_y), len(test_y), data.classes)
+    train = features(data.train, train_ids, f"features of training {modality.unit}")
+    test = features(data.test, test_ids, f"features of test {modality.unit}")
+    table = ProbeTable(found.step, which, len(train_ids), len(test_ids), data.classes)
+    table.unit, table.data = modality.unit, data_path
     for name, train_x, test_x in zip(representations, train, test, strict=True):
-        table.rows[name] = probe(train_x, train_y, test_x, test_y, labels, f"probes on {name}")
+        task = train_x, data.train_y[train_ids], test_x, data.test_y[test_ids]
+        table.rows[name] = probe(*task, labels, f"probes on {name}")
     table.save(found.run / "probe.json")
     return table
+
+
+def spread(labels: Labels, most: int) -> Labels:
+    """Indices of at most `most` samples, evenly over classes, ascending."""
+    return np.sort(balanced_order(labels, seed=0)[:most])
 
 
 def count_of_labels(text: str) -> Count:
@@ -298,9 +274,10 @@ def main() -> int:
     parser.add_argument("path", help="a run folder, or one of its checkpoints/step_*")
     parser.add_argument("--labels", nargs="+", type=count_of_labels, default=list(COUNTS), metavar="N", help="or all")
     parser.add_argument("--which", choices=WEIGHTS, default="teacher")
+    parser.add_argument("--data", default="", metavar="PATH", help="labelled train and test data; default: the run's")
     args = parser.parse_args()
     try:
-        table = compare(args.path, args.labels, args.which)
+        table = compare(args.path, args.labels, args.which, args.data)
     except (ConfigError, DataError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

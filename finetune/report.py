@@ -1,4 +1,6 @@
-"""python -m finetune.report RUN: probes a run's newest checkpoint and draws what was learned, as one picture.
+"""Probes a run's newest checkpoint and draws what was learned, as one picture.
+
+python -m finetune.report RUN [--data PATH]
 
 Writes report.png (and probe.json, if the data can be probed) into the run folder and says where everything lies.
 """
@@ -19,43 +21,44 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from finetune.features import Checkpoint, FrozenEncoder, find, load_encoder, stack_pixels
+from finetune import audio_panels, image_panels, text_panels
+from finetune.features import Checkpoint, FrozenEncoder, find, load_encoder
+from finetune.modality import MODALITIES
 from finetune.panels import (
     BLUE,
     MUTED,
     ROWS,
     STYLE,
     Shown,
-    draw_components,
     draw_deviations,
     draw_loss,
-    draw_masks,
-    draw_neighbours,
     draw_table,
     read_metrics,
     titled,
 )
-from finetune.probe import NoProbe, ProbeTable, balanced_order, centre_crops, compare, labelled_data
+from finetune.probe import ProbeTable, balanced_order, compare, labelled_data
+from finetune.samples import NoProbe
 from pretrain.checkpoint import CheckpointError
-from pretrain.config import Config, ConfigError
-from pretrain.data.fetch import resolve
-from pretrain.data.sources import DataError, open_images
+from pretrain.config import ConfigError
+from pretrain.data.sources import DataError
 
+PANELS = {"image": image_panels, "audio": audio_panels, "text": text_panels}
 TIMES = " \N{MULTIPLICATION SIGN} "
-QUERIES = 2 * ROWS  # the second half only in the panel of components
+QUERIES = 2 * ROWS  # as many as any panel shows
 GALLERY = 5000
 
 
-def choose_images(config: Config) -> tuple[Shown, str]:
-    """Test images as queries, one of each class in turn; training images if there are no others. With it, the line
+def choose_samples(found: Checkpoint, data_path: str = "") -> tuple[Shown, str]:
+    """Test samples as queries, one of each class in turn; training samples if there are no others. With it, the line
     that says why no probe is possible, or nothing."""
+    config, modality = found.config, MODALITIES[found.config.model.modality]
     try:
-        data = labelled_data(config)
+        data = labelled_data(config, data_path, found.run)
     except NoProbe as reason:
-        images = centre_crops(open_images(resolve(config.data.path), config.data.split), config)
-        order = np.random.default_rng(0).permutation(len(images)).tolist()
-        shown = Shown(images, images, order[:QUERIES], order[: GALLERY + QUERIES], None, None, [])
-        return shown, f"{reason}; the picture shows training images"
+        samples = modality.unlabelled(config, found.run)
+        order = np.random.default_rng(0).permutation(len(samples)).tolist()
+        shown = Shown(samples, samples, order[:QUERIES], order[: GALLERY + QUERIES], None, None, [])
+        return shown, f"{reason}; the picture shows training {modality.unit}"
     queries, gallery = balanced_order(data.test_y, seed=0)[:QUERIES], balanced_order(data.train_y, seed=0)[:GALLERY]
     return Shown(
         data.test,
@@ -77,7 +80,7 @@ def draw(found: Checkpoint, shown: Shown, table: ProbeTable | None, note: str) -
         _heading(figure, found, encoder)
         top = figure.add_gridspec(1, 3, left=0.045, right=0.975, top=0.838, bottom=0.585, width_ratios=(1, 1, 1.6))
         metrics = read_metrics(found.run / "metrics.jsonl")
-        draw_loss(figure.add_subplot(top[0]), metrics)
+        draw_loss(figure.add_subplot(top[0]), metrics, config)
         draw_deviations(figure.add_subplot(top[1]), metrics, config)
         if table:
             draw_table(figure, top[2], table)
@@ -89,10 +92,9 @@ def draw(found: Checkpoint, shown: Shown, table: ProbeTable | None, note: str) -
         bottom = figure.add_gridspec(
             1, 3, left=0.02, right=0.985, wspace=0.07, width_ratios=(5.25, 7.25, 4.4), top=0.475, bottom=0.015
         )
-        pixels = stack_pixels([shown.queries[0, i] for i in shown.query_ids])
-        draw_masks(figure.add_subplot(bottom[0]), shown, pixels[:ROWS], config)
-        draw_neighbours(figure.add_subplot(bottom[1]), shown, pixels[:ROWS], encoder)
-        draw_components(figure.add_subplot(bottom[2]), shown, pixels, encoder)
+        panels = PANELS[config.model.modality]
+        for place, draw_panel in enumerate((panels.draw_task, panels.draw_alike, panels.draw_parts)):
+            draw_panel(figure.add_subplot(bottom[place]), shown, config, encoder)
     return figure
 
 
@@ -101,12 +103,12 @@ def _heading(figure: Figure, found: Checkpoint, encoder: FrozenEncoder) -> None:
     model, train = config.model, config.train
     weights = sum(p.numel() for p in encoder.encoder.parameters())
     size = f"{weights / 1e9:.2f} G" if weights >= 1e9 else f"{weights / 1e6:.2f} M"
-    patch = f"{model.positions} patches of {model.image.patch}{TIMES}{model.image.patch} pixels"
+    sample, batch = MODALITIES[model.modality].facts(config)
     facts = [
         f"step {found.step:,} of {train.steps:,}",
         f"{model.prenet_depth + model.depth} blocks of width {model.width}, {size} weights",
-        f"{patch}, {100 * model.mask.hidden(model.positions) / model.positions:.0f} % hidden",
-        f"{train.batch_size} images{TIMES}{model.num_masks} masks a step",
+        f"{sample}, {100 * model.mask.hidden(model.positions) / model.positions:.0f} % hidden",
+        f"{batch}{TIMES}{model.num_masks} masks a step",
         f"{meta['ranks']} rank{'s' * (meta['ranks'] > 1)}, ZeRO {meta['zero_stage']}, {meta['precision']}",
     ]
     title = figure.text(0.02, 0.955, "data2vec 2.0", fontsize=21, fontweight="bold", va="baseline")
@@ -115,11 +117,14 @@ def _heading(figure: Figure, found: Checkpoint, encoder: FrozenEncoder) -> None:
     figure.text(0.02, 0.928, "   ·   ".join(facts), fontsize=10.5, color=MUTED, va="center")
 
 
-def report(path: str | Path) -> Path:
-    """Probes (unless done for this step), draws report.png into the run folder, says where things are; its path."""
+def report(path: str | Path, data_path: str = "") -> Path:
+    """Probes (unless done for this step), draws report.png into the run folder, says where things are; its path.
+
+    `data_path`: labelled data, if not the run's own.
+    """
     found = find(path)
-    shown, note = choose_images(found.config)
-    table = None if note else probed(found)
+    shown, note = choose_samples(found, data_path)
+    table = None if note else probed(found, data_path)
     figure = draw(found, shown, table, note)
     picture = found.run / "report.png"
     figure.savefig(picture, dpi=120)
@@ -137,22 +142,24 @@ def report(path: str | Path) -> Path:
     return picture
 
 
-def probed(found: Checkpoint) -> ProbeTable:
-    """The run's probe.json if it is of this step's teacher, a new one otherwise."""
+def probed(found: Checkpoint, data_path: str = "") -> ProbeTable:
+    """The run's probe.json if it is of this step's teacher and these data, a new one otherwise."""
     try:
         table = ProbeTable.read(found.run / "probe.json")
-        if (table.step, table.which) == (found.step, "teacher"):
+        if (table.step, table.which, table.data) == (found.step, "teacher", data_path):
             return table
     except (OSError, ValueError, TypeError, KeyError):  # none yet, or of another version
         pass
-    return compare(found.folder)
+    return compare(found.folder, data_path=data_path)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser("finetune.report", description="Probe a run and draw what it learned.")
     parser.add_argument("path", help="a run folder, or one of its checkpoints/step_*")
+    parser.add_argument("--data", default="", metavar="PATH", help="labelled train and test data; default: the run's")
+    args = parser.parse_args()
     try:
-        report(parser.parse_args().path)
+        report(args.path, args.data)
     except (ConfigError, DataError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

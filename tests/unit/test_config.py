@@ -319,7 +319,7 @@ def test_exit_status_and_streams_of_the_process():
     ],
 )
 def test_speech_that_cannot_be_batched(changes, told):
-    with pytest.raises(ConfigError, match="^[^\n]+$") as error:
+    with pytest.raises(ConfigError, match=r"^[^\n]+$") as error:
         load(ROOT / "configs/pretrain/audio_base.yaml", changes)
     assert told in str(error.value)
 

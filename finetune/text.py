@@ -1,0 +1,140 @@
+"""Probes of text: labelled sentences, the mean of their tokens, a bag of words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.feature_extraction.text import TfidfVectorizer
+from torch import Tensor
+
+from finetune.samples import Inputs, Labelled, Modality, NoProbe, Represent, pad, valid
+from models.config import ModelConfig
+from pretrain.config import Config, ConfigError
+from pretrain.data.collate import Sample
+from pretrain.data.corpus import Corpus, open_corpus
+from pretrain.data.fetch import resolve
+from pretrain.data.sources import DataError
+from pretrain.data.text import SentenceDataset, Sentences, TextSample, open_sentences
+from pretrain.data.tokenizer import Tokenizer, open_tokenizer
+
+TOKENIZERS = ("*.model", "*tokenizer.json")
+PIECES, PIECE = 5000, 20  # of a corpus without labels: how many, of how many tokens
+
+
+@dataclass(frozen=True)
+class Sentence(TextSample):
+    """Ids, and the text that they were made of."""
+
+    text: str = ""
+
+
+class SentenceTexts(SentenceDataset):
+    """Sentences by (epoch, index), with their texts; those too long are cut to what the model takes."""
+
+    def __init__(self, sentences: Sentences, tokenizer: Tokenizer, max_tokens: int) -> None:
+        super().__init__(sentences, tokenizer, max_tokens)
+        self.texts, self.tokenizer = sentences.texts, tokenizer
+        self.lengths = np.array([len(self[0, i].inputs) for i in range(len(self))], np.int64)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sentence:
+        sample = super().__getitem__(key)
+        return Sentence(sample.inputs, sample.epoch, sample.index, text=self.texts[sample.index])
+
+
+def labelled(config: Config, path: str, run: Path | None = None) -> Labelled:
+    try:
+        train, test = open_sentences(path, "train"), open_sentences(path, "test")
+    except DataError as error:
+        raise NoProbe(f"no probe without labelled sentences: {error}; choose a folder of them with --data") from None
+    if train.texts == test.texts:
+        raise NoProbe(f"no probe: {path} tests the sentences that it trains on")
+    tokenizer = find_tokenizer(config, run)
+    most = config.model.text.tokens
+    return Labelled(
+        SentenceTexts(train, tokenizer, most),
+        SentenceTexts(test, tokenizer, most),
+        train.labels,
+        test.labels,
+        train.classes,
+    )
+
+
+def unlabelled(config: Config, run: Path | None = None) -> SentenceTexts:
+    """Pieces of the run's corpus, evenly over it."""
+    corpus = open_corpus(resolve(config.data.path), config.data.split)
+    tokenizer = find_tokenizer(config, run)
+    starts = np.arange(0, max(corpus.tokens - PIECE, 1), PIECE)
+    starts = starts[np.linspace(0, len(starts) - 1, min(PIECES, len(starts))).astype(int)]
+    texts = [" ".join(tokenizer.decode(corpus.read(int(i), int(i) + PIECE).tolist()).split()) for i in starts]
+    sentences = Sentences(texts, np.zeros(len(texts), np.int64), [])
+    return SentenceTexts(sentences, tokenizer, config.model.text.tokens)
+
+
+def find_tokenizer(config: Config, run: Path | None) -> Tokenizer:
+    """The copy in the run folder, else the corpus's own. Raises ConfigError if its ids are not those of the model."""
+    copies = sorted(file for pattern in TOKENIZERS for file in run.glob(pattern)) if run else []
+    if len(copies) > 1:
+        raise ConfigError(f"{run} holds several tokenizers: {', '.join(file.name for file in copies)}; leave the run's")
+    file = copies[0] if copies else _corpus(config, run).tokenizer_path
+    tokenizer, text = open_tokenizer(file), config.model.text
+    if (tokenizer.vocabulary, tokenizer.pad) != (text.vocabulary, text.pad):
+        raise ConfigError(
+            f"{file} has {tokenizer.vocabulary:,} ids with padding {tokenizer.pad}, the model "
+            f"{text.vocabulary:,} with padding {text.pad}: it is not the tokenizer of this run"
+        )
+    return tokenizer
+
+
+def _corpus(config: Config, run: Path | None) -> Corpus:
+    where = f"no {' or '.join(TOKENIZERS)} in {run}, and" if run else "no run folder, and"
+    if not config.data.path:
+        raise DataError(f"no tokenizer: {where} data.path is not given")
+    try:
+        return open_corpus(resolve(config.data.path), config.data.split)
+    except DataError as error:
+        raise DataError(f"no tokenizer: {where} {error}") from None
+
+
+def sizes(sentences: SentenceTexts) -> NDArray[np.int64]:
+    return sentences.lengths
+
+
+def collate(config: ModelConfig, samples: Sequence[Sample]) -> Inputs:
+    """-> (B, T) int64, the padding id behind the shorter ones."""
+    return pad(samples, config, config.text.pad)
+
+
+def mean(positions: Tensor, lengths: Tensor | None, config: ModelConfig) -> Tensor:
+    """(B, T, D) -> (B, D), over all tokens of each sentence, <s> and </s> among them."""
+    real = valid(positions, lengths)
+    return (positions * real).sum(dim=1) / real.sum(dim=1)
+
+
+def plain(train: SentenceTexts, indices: Sequence[int]) -> Represent:
+    """Words weighed by how rare they are in the training texts (TF-IDF), sparse, rows of length 1."""
+    words = TfidfVectorizer(dtype=np.float32).fit([train.texts[i] for i in indices])
+    return lambda batch: words.transform([cast(Sentence, sample).text for sample in batch.samples])
+
+
+def facts(config: Config) -> tuple[str, str]:
+    return f"{config.model.positions} tokens", f"{config.train.batch_size} blocks"
+
+
+TEXT = Modality(
+    unit="sentences",
+    position="tokens",
+    baseline="bag of words",
+    largest=16_384,
+    labelled=labelled,
+    unlabelled=unlabelled,
+    sizes=sizes,
+    collate=collate,
+    seen=mean,
+    plain=plain,
+    facts=facts,
+)
