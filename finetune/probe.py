@@ -104,14 +104,15 @@ class ProbeTable:
 
     @property
     def verdict(self) -> str:
-        """One sentence: the pre-trained features against the baseline's neighbours, which for pixels are strong where
-        images are small and centred."""
-        ours, plain = self.rows[PRETRAINED], self.rows[self.baseline]["knn"]
+        """One sentence: the pre-trained features against the baseline, each probe against its like."""
+        ours, plain = self.rows[PRETRAINED], self.rows[self.baseline]
         parts = []
         for count in self.counts:
-            gain = {m: 100 * (ours[m][count].mean - plain[count].mean) for m in METHODS}
+            gain = {m: 100 * (ours[m][count].mean - plain[m][count].mean) for m in METHODS}
             parts.append(f"{count} labels {gain['knn']:+.1f} by kNN and {gain['linear']:+.1f} by a linear probe")
-        return f"Against kNN on {self.baseline}, {PRETRAINED} features give, in points: {'; '.join(parts)}."
+        return (
+            f"Against {self.baseline} under the same probe, {PRETRAINED} features give, in points: {'; '.join(parts)}."
+        )
 
     def save(self, path: Path) -> None:
         write_atomically(path, json.dumps(asdict(self), indent=1) + "\n")

@@ -296,7 +296,7 @@ def test_probe_of_speech(tmp_path: Path, tones: Path) -> None:
     table = compare(tmp_path)
     assert (table.baseline, table.unit, table.train_images, table.test_images) == ("MFCCs", "clips", 10, 6)
     assert table.rows[table.baseline]["knn"]["all"].mean == 1.0
-    assert "10 training clips" in str(table) and "on MFCCs," in table.verdict
+    assert "10 training clips" in str(table) and "MFCCs under" in table.verdict
     assert ProbeTable.read(tmp_path / "probe.json") == table
 
 
