@@ -50,9 +50,9 @@ class RelativePositions(nn.Module):
 
     def forward(self, features: Tensor, ids_keep: Tensor | None) -> Tensor:
         """(B, T, D) and (B*M, K) -> (B*M, K, D): what is kept, plus its positions; all T without ids."""
-        kept = features if ids_keep is None else gather_rows(features, ids_keep)
+        kept = gather_rows(features, ids_keep)
         t = features.shape[1]
         x = features if ids_keep is None else scatter_rows(kept, ids_keep, t)
         for conv in self.convs:
             x = conv_norm_gelu(conv, x, (t,))
-        return kept + (x if ids_keep is None else gather_rows(x, ids_keep))
+        return kept + gather_rows(x, ids_keep)

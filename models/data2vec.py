@@ -166,10 +166,9 @@ class Data2Vec(nn.Module):
         self.decoder = Decoder(config)
         self.decoder_dropout = nn.Dropout(config.dropout.decoder)
         self.teacher = Encoder(config, FRONT_ENDS[config.modality].given).requires_grad_(False).eval()
-        student = dict(self.student.named_parameters())
         with torch.no_grad():
-            for name, parameter in self.teacher.named_parameters():
-                parameter.copy_(student[name])
+            for student, teacher in self.tracked():
+                teacher.copy_(student)
 
     def train(self, mode: bool = True) -> Data2Vec:
         """The teacher stays in evaluation mode."""

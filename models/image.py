@@ -39,8 +39,7 @@ class SinCosPositions(nn.Module):
         self.register_buffer("table", sincos_positions(config.width, config.image.grid), persistent=False)
 
     def forward(self, features: Tensor, ids_keep: Tensor | None) -> Tensor:
-        features = features + self.table.to(features.dtype)
-        return features if ids_keep is None else gather_rows(features, ids_keep)
+        return gather_rows(features + self.table.to(features.dtype), ids_keep)
 
 
 def sincos_positions(width: int, grid: int) -> Tensor:

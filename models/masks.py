@@ -91,8 +91,13 @@ def _ids(chosen: NDArray[np.bool_]) -> Tensor:
     return torch.from_numpy(np.nonzero(chosen)[1].reshape(len(chosen), -1))
 
 
-def gather_rows(x: Tensor, ids: Tensor) -> Tensor:
-    """(B, T, D) and ids (B*M, K) -> (B*M, K, D): row b*M+m takes its positions from sample b, without M copies of x."""
+def gather_rows(x: Tensor, ids: Tensor | None) -> Tensor:
+    """(B, T, D) and ids (B*M, K) -> (B*M, K, D): row b*M+m takes its positions from sample b, without M copies of x.
+
+    Without ids, x itself.
+    """
+    if ids is None:
+        return x
     b, _, d = x.shape
     flat = ids.reshape(b, -1)
     return x.gather(1, flat[..., None].expand(-1, -1, d)).view(*ids.shape, d)

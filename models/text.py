@@ -42,4 +42,4 @@ class InFeatures(nn.Module):
         super().__init__()
 
     def forward(self, features: Tensor, ids_keep: Tensor | None) -> Tensor:
-        return features if ids_keep is None else gather_rows(features, ids_keep)
+        return gather_rows(features, ids_keep)

@@ -162,7 +162,7 @@ def describe(config: Config, ranks: int) -> str:
     model, train = config.model, config.train
     batch = samples(model, train.batch_size)
     unit = (
-        f"{model.unit}"
+        model.unit
         if model.sample_size == 1
         else f"waveform samples, {batch} {model.unit} of {model.audio.seconds:g} s,"
     )

@@ -16,10 +16,9 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from pretrain.data.recordings import RATE, AudioSource
+from models.config import RATE
+from pretrain.data.recordings import AudioSource
 from pretrain.data.sources import DataError, read_or_replace
-
-__all__ = ["RATE", "AudioDataset", "AudioSample"]
 
 _CROP_STREAM = 0x61756469
 _SILENCE = 2.0**-15  # one step of 16 bits

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import Sampler
 
+from models.config import RATE
 from pretrain.config import BatchPlan, ConfigError
 from pretrain.data.sampler import permutation
 
@@ -61,7 +62,7 @@ class PackSampler(Sampler[list[Key]]):
         if (longest := int(self.lengths.max())) > plan.micro_batch:
             raise ConfigError(
                 f"a micro-batch of {plan.micro_batch:,} samples cannot hold the longest recording, {longest:,} "
-                f"({longest / 16_000:.1f} s at 16 kHz): allow that many, or crop recordings shorter"
+                f"({longest / RATE:.1f} s at 16 kHz): allow that many, or crop recordings shorter"
             )
         self.plan, self.rank, self.seed, self.first_batch = plan, rank, seed, first_batch
         self.pool, self.padded, self.multiple = pool, padded, multiple

@@ -26,12 +26,10 @@ import soundfile
 import soxr
 from numpy.typing import NDArray
 
+from models.config import RATE
 from pretrain.data.fetch import cache_folder
 from pretrain.data.sources import HELD_OUT, DataError, FolderLabels, Names, listing, split_folder, split_names, walk
 from pretrain.progress import Progress
-
-RATE = 16_000
-"""Samples a second of everything that is read, whatever the file's own rate."""
 
 _EXTENSIONS = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 _KINDS = "wav, flac, ogg, opus or mp3"

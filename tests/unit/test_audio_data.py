@@ -13,10 +13,11 @@ import soundfile
 import torch
 from torch.utils.data import DataLoader
 
+from models.config import RATE
 from pretrain.data import recordings
-from pretrain.data.audio import RATE, AudioDataset
+from pretrain.data.audio import AudioDataset
 from pretrain.data.recordings import open_audio, write_manifest
-from pretrain.data.sources import DataError
+from tests.errors import failure
 
 ROOT = Path(__file__).parents[2]
 ENCODINGS = {
@@ -48,16 +49,6 @@ def noise(seconds, seed=0, scale=0.1):
 
 def sine(seconds, rate=RATE, hertz=440.0, start=0.0):
     return 0.5 * np.sin(2 * np.pi * hertz * (start + np.arange(round(seconds * rate)) / rate))
-
-
-def failure(call, *words):
-    with pytest.raises(DataError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert str(word) in message
-    return message
 
 
 def only(path, **options):

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 from pretrain.data import image as image_module
 from pretrain.data import sources
 from pretrain.data.image import ImageDataset
-from pretrain.data.sources import DataError, open_images
+from pretrain.data.sources import open_images
+from tests.errors import failure
 
 DOWN, ACROSS = np.mgrid[0:255:64j, 0:255:96j]
 SMOOTH = np.stack([ACROSS, DOWN, np.full_like(DOWN, 90)], -1).astype(np.uint8)
@@ -65,16 +66,6 @@ def centre(path, size=16, **options):
     sample = dataset(folder, size, train=False, **options)[0, 0]
     assert sample.failures == ()
     return sample.inputs.to(torch.int16)
-
-
-def failure(call, *words):
-    with pytest.raises(DataError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert str(word) in message
-    return message
 
 
 # Sources
