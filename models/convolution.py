@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.fused.linear import linear
+from models.masks import gather_rows
 
-def convolve(conv: nn.Module, x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """`conv` on (N, T, C) over a grid of `shape`, prod(shape) = T -> (N, T', C').
+
+def convolve(conv: nn.Module, x: Tensor, shape: tuple[int, ...], ids: Tensor | None = None) -> Tensor:
+    """`conv` on (N, T, C) over a grid of `shape`, prod(shape) = T -> (N, T', C'), or (N, P, C') at `ids` (N, P) alone.
 
     Activations stay channels-last throughout. The convolution sees a permuted view of them, which is exactly the layout
     it is fastest in, so nothing is ever transposed in memory.
     """
     n, _, c = x.shape
+    if ids is not None and isinstance(conv, nn.Conv1d) and conv.groups == 1 and conv.bias is not None:
+        # Without groups a convolution is one matrix product over windows, so what is not asked for is not computed.
+        (kernel,) = conv.kernel_size
+        return linear(windows(x, ids, kernel), conv.weight.transpose(1, 2).flatten(1), conv.bias)
     y = conv(x.view(n, *shape, c).movedim(-1, 1))
-    return y.movedim(1, -1).reshape(n, -1, y.shape[1])
+    return gather_rows(y.movedim(1, -1).reshape(n, -1, y.shape[1]), ids)
 
 
-def conv_norm_gelu(conv: nn.Module, x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Convolution, LayerNorm over channels without affine (eps 1e-5), GELU."""
-    y = convolve(conv, x, shape)
+def windows(x: Tensor, ids: Tensor, kernel: int) -> Tensor:
+    """The `kernel` positions (odd) around each of `ids` (N, P), zero beyond the ends: (N, T, C) -> (N, P, kernel*C)."""
+    padded = F.pad(x, (0, 0, kernel // 2, kernel // 2))
+    n, length, c = padded.shape
+    first = ids + torch.arange(n, device=ids.device)[:, None] * length
+    rows = first[..., None] + torch.arange(kernel, device=ids.device)
+    return padded.flatten(0, 1).index_select(0, rows.flatten()).view(*ids.shape, kernel * c)
+
+
+def conv_norm_gelu(conv: nn.Module, x: Tensor, shape: tuple[int, ...], ids: Tensor | None = None) -> Tensor:
+    """Convolution, LayerNorm over channels without affine (eps 1e-5), GELU; at `ids` (N, P) alone if they are given."""
+    y = convolve(conv, x, shape, ids)
     return F.gelu(F.layer_norm(y, y.shape[-1:]))

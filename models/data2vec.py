@@ -207,7 +207,7 @@ class Data2Vec(nn.Module):
         kept = self.decoder_dropout(encoded[:, config.extra_tokens :])
         length = batch.ids_keep.shape[1] + batch.ids_mask.shape[1]
         full = scatter_rows(kept, batch.ids_keep, length, config.mask.noise_std, batch.seeds)
-        return self.decoder.proj(gather_rows(self.decoder(full), batch.ids_mask))
+        return self.decoder.proj(self.decoder(full, batch.ids_mask))
 
     def forward(self, batch: Batch, seed: int = 0) -> Output:
         """One micro-batch: targets from the teacher's full view, predictions from M masked views, their distance.

@@ -10,6 +10,7 @@ from models.config import ModelConfig
 from models.convolution import conv_norm_gelu
 from models.encoder import init_linear
 from models.fused.linear import Linear
+from models.masks import gather_rows
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d}
 
@@ -37,10 +38,11 @@ class Decoder(nn.Module):
             self.proj = nn.Sequential(Linear(widths[-1], wide), nn.GELU(), Linear(wide, config.width))
             init_linear(self.proj)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, T, D) -> (N, T, C), everything but the projection, which is wanted at hidden positions only."""
+    def forward(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
+        """(N, T, D) -> (N, T, C), or (N, P, C) where `ids` (N, P) want it: everything but the projection."""
         shape = self.grid_shape if len(self.grid_shape) > 1 else (x.shape[1],)
-        for conv in self.convs:
-            y = conv_norm_gelu(conv, x, shape)
-            x = x + y if self.residual and x.shape == y.shape else y
-        return x
+        for i, conv in enumerate(self.convs, 1):
+            wanted = ids if i == len(self.convs) else None
+            y = conv_norm_gelu(conv, x, shape, wanted)
+            x = gather_rows(x, wanted) + y if self.residual and x.shape[-1] == y.shape[-1] else y
+        return x if len(self.convs) else gather_rows(x, ids)

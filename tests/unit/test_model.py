@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from models.config import DecoderConfig, ImageConfig, LossConfig, MaskConfig, ModelConfig, TargetConfig
+from models.convolution import convolve
 from models.data2vec import Batch, Data2Vec, Encoder
 from models.decoder import Decoder
 from models.image import sincos_positions
@@ -306,3 +308,27 @@ def test_positions_have_the_references_statistics():
     assert [float(v) for v in (ours.mean(), ours.std(), ours.min(), ours.max())] == pytest.approx(
         [entry[k] for k in ("mean", "std", "min", "max")], abs=1e-5
     )
+
+
+@pytest.mark.parametrize("conv", [nn.Conv1d(6, 8, 5, padding=2), nn.Conv1d(6, 8, 5, padding=2, groups=2)])
+def test_a_convolution_at_some_positions_is_the_whole_one_there(conv):
+    """With all gradients; positions at both ends are among them."""
+    ids = torch.tensor([[0, 1, 6, 10], [2, 3, 4, 10]])
+    x = torch.randn(2, 11, 6, dtype=torch.float64, requires_grad=True)
+    conv = conv.double()
+    weight = torch.randn(2, 4, 8, dtype=torch.float64)
+
+    def gradients(y):
+        return torch.autograd.grad((y * weight).sum(), [x, *conv.parameters()])
+
+    whole = conv(x.mT).mT[torch.arange(2)[:, None], ids]
+    partly = convolve(conv, x, (11,), ids)
+    torch.testing.assert_close(partly, whole)
+    torch.testing.assert_close(gradients(partly), gradients(whole))
+
+
+def test_the_decoder_answers_for_the_positions_asked():
+    config = dataclasses.replace(TINY, decoder=DecoderConfig(width=32, groups=1, kernel=3, layers=2))
+    for net in (shaken(config), shaken(TINY), shaken(dataclasses.replace(TINY, decoder=DecoderConfig(layers=0)))):
+        x, ids = torch.randn(2, 36, 32), torch.stack([torch.randperm(36)[:7] for _ in range(2)])
+        torch.testing.assert_close(net.decoder(x, ids), net.decoder(x)[torch.arange(2)[:, None], ids])
