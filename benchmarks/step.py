@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -35,6 +34,7 @@ from models.fused import linear
 from pretrain import parallel
 from pretrain.config import PRECISIONS, Config, ConfigError, load
 from pretrain.data.collate import Collate
+from pretrain.data.sources import Sample
 from pretrain.parallel import World
 from pretrain.plan import samples, useful_work
 from pretrain.train import Trainer
@@ -144,19 +144,9 @@ def random_batches(config: Config, trainer: Trainer) -> Iterator[list[Batch]]:
         step = []
         for _ in range(plan.accumulation):
             noise = random_inputs(config.model, samples(config.model, plan.micro_batch), generator)
-            step.append(collate([Noise(x, 0, index + i) for i, x in enumerate(noise)]))
+            step.append(collate([Sample(x, 0, index + i) for i, x in enumerate(noise)]))
             index += len(noise)
         yield step
-
-
-@dataclass(frozen=True)
-class Noise:
-    """A sample of it."""
-
-    inputs: Tensor
-    epoch: int
-    index: int
-    failures: tuple[str, ...] = ()
 
 
 def random_inputs(model: ModelConfig, count: int, generator: torch.Generator) -> Tensor:

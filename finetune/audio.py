@@ -15,9 +15,9 @@ from finetune.samples import Inputs, Labelled, Modality, Represent, open_splits,
 from models.config import RATE, ModelConfig
 from pretrain.config import Config
 from pretrain.data.audio import AudioDataset
-from pretrain.data.collate import Sample
 from pretrain.data.fetch import resolve
 from pretrain.data.recordings import AudioSource, open_audio
+from pretrain.data.sources import Sample
 
 
 def labelled(config: Config, path: str, run: Path | None = None) -> Labelled:

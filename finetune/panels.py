@@ -20,7 +20,8 @@ from finetune.modality import MODALITIES
 from finetune.probe import DRAWS, METHOD_NAMES, METHODS, PRETRAINED, UNTRAINED, ProbeTable
 from finetune.samples import Labels
 from pretrain.config import Config
-from pretrain.data.collate import Collate, Sample
+from pretrain.data.collate import Collate
+from pretrain.data.sources import Sample
 
 Picture = NDArray[np.float64]  # (H, W, 3) in [0, 1]
 

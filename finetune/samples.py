@@ -15,8 +15,7 @@ from torch import Tensor
 
 from models.config import ModelConfig
 from pretrain.config import Config
-from pretrain.data.collate import Sample
-from pretrain.data.sources import DataError
+from pretrain.data.sources import DataError, Sample
 
 Array = NDArray[np.float32]
 Matrix = Array | csr_matrix  # (n, D)

@@ -15,11 +15,10 @@ from torch import Tensor
 from finetune.samples import Inputs, Labelled, Modality, NoProbe, Represent, pad, valid
 from models.config import ModelConfig
 from pretrain.config import Config, ConfigError
-from pretrain.data.collate import Sample
 from pretrain.data.corpus import Corpus, open_corpus
 from pretrain.data.fetch import resolve
-from pretrain.data.sources import DataError
-from pretrain.data.text import SentenceDataset, Sentences, TextSample, open_sentences
+from pretrain.data.sources import DataError, Sample
+from pretrain.data.text import SentenceDataset, Sentences, open_sentences
 from pretrain.data.tokenizer import Tokenizer, open_tokenizer
 
 TOKENIZERS = ("*.model", "*tokenizer.json")
@@ -27,7 +26,7 @@ PIECES, PIECE = 5000, 20  # of a corpus without labels: how many, of how many to
 
 
 @dataclass(frozen=True)
-class Sentence(TextSample):
+class Sentence(Sample):
     """Ids, and the text that they were made of."""
 
     text: str = ""

@@ -18,22 +18,10 @@ from numpy.typing import NDArray
 
 from models.config import RATE
 from pretrain.data.recordings import AudioSource
-from pretrain.data.sources import DataError, read_or_replace
+from pretrain.data.sources import DataError, Sample, read_or_replace
 
 _CROP_STREAM = 0x61756469
 _SILENCE = 2.0**-15  # one step of 16 bits
-
-
-@dataclass(frozen=True)
-class AudioSample:
-    """One waveform. `index` is the one asked for, also when another recording had to stand in for it."""
-
-    inputs: torch.Tensor
-    """float32 (samples,) at 16 kHz; mean 0 and variance 1 over the window it is part of."""
-    epoch: int
-    index: int
-    failures: tuple[str, ...]
-    """`name: reason` of every recording that could not be used on the way."""
 
 
 @dataclass(eq=False)
@@ -98,7 +86,7 @@ class AudioDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self._used)
 
-    def __getitem__(self, key: tuple[int, int, int] | tuple[int, int]) -> AudioSample:
+    def __getitem__(self, key: tuple[int, int, int] | tuple[int, int]) -> Sample:
         """The sample of (epoch, index, samples) or, if not `train`, of (epoch, index).
 
         Raises `IndexError` for an index outside the data set, `ValueError` for more samples than the recording has,
@@ -119,7 +107,7 @@ class AudioDataset(torch.utils.data.Dataset):
             return self._waveform(chosen, samples, np.random.default_rng([_CROP_STREAM, self.seed, epoch, index]))
 
         inputs, failures = read_or_replace(read, self._name, index, instead=others, seed=self.seed, kind="recordings")
-        return AudioSample(inputs, epoch, index, failures)
+        return Sample(inputs, epoch, index, failures)
 
     def _name(self, index: int) -> str:
         return self.source.name(int(self._used[index]))

@@ -3,31 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from models.config import ModelConfig
 from models.data2vec import Batch
 from models.masks import draw_block_masks, row_keys, sample_keys
-
-
-class Sample(Protocol):
-    """What every modality's data set yields."""
-
-    @property
-    def inputs(self) -> Tensor: ...
-
-    @property
-    def epoch(self) -> int: ...
-
-    @property
-    def index(self) -> int: ...
-
-    @property
-    def failures(self) -> tuple[str, ...]: ...
+from pretrain.data.sources import Sample
 
 
 class Collate:

@@ -19,7 +19,7 @@ import torch
 from PIL import ExifTags, Image
 from PIL.JpegImagePlugin import JpegImageFile
 
-from pretrain.data.sources import DataError, ImageSource, read_or_replace
+from pretrain.data.sources import DataError, ImageSource, Sample, read_or_replace
 
 # Odd metadata is common in scraped images and says nothing about their pixels.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -30,18 +30,6 @@ _CROP_STREAM = 0x63726F70
 
 _TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
 _TRANSPOSE = {code: Image.Transpose[turn] for code, turn in enumerate(_TURNS.split(), start=2)}
-
-
-@dataclass(frozen=True)
-class ImageSample:
-    """One crop. `index` is the one asked for, also when another file had to stand in for it."""
-
-    inputs: torch.Tensor
-    """uint8 (channels, size, size), RGB or grey."""
-    epoch: int
-    index: int
-    failures: tuple[str, ...]
-    """`name: reason` of every file that could not be decoded on the way."""
 
 
 @dataclass(eq=False)
@@ -74,7 +62,7 @@ class ImageDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, key: tuple[int, int]) -> ImageSample:
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
         """The sample of (epoch, index).
 
         Raises `IndexError` for an index outside the source and `DataError` after 16 undecodable files.
@@ -90,7 +78,7 @@ class ImageDataset(torch.utils.data.Dataset):
 
         others = range(len(self))
         pixels, failures = read_or_replace(read, self.source.name, index, instead=others, seed=self.seed, kind="images")
-        return ImageSample(pixels, epoch, index, failures)
+        return Sample(pixels, epoch, index, failures)
 
     def _crop(self, image: Image.Image, rng: np.random.Generator) -> torch.Tensor:
         mode = "L" if self.channels == 1 else "RGB"

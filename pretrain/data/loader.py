@@ -13,14 +13,14 @@ from torch.utils.data import DataLoader
 from models.data2vec import Batch
 from pretrain.config import BatchPlan, Config
 from pretrain.data.audio import AudioDataset
-from pretrain.data.collate import Collate, Sample
+from pretrain.data.collate import Collate
 from pretrain.data.corpus import open_corpus
 from pretrain.data.fetch import resolve
 from pretrain.data.image import ImageDataset
 from pretrain.data.packs import PackSampler
 from pretrain.data.recordings import open_audio
 from pretrain.data.sampler import StreamSampler
-from pretrain.data.sources import DataError, open_images
+from pretrain.data.sources import DataError, Sample, open_images
 from pretrain.data.text import TextDataset
 from pretrain.parallel import World
 from pretrain.runtime import STOP_SIGNALS

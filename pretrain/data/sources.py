@@ -15,10 +15,12 @@ import tarfile
 import zlib
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import BinaryIO, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from torch import Tensor
 
 _SUFFIXES = "jpg jpeg png bmp gif webp tif tiff ppm pgm jp2 avif"
 _EXTENSIONS = tuple(f".{name}" for name in _SUFFIXES.split())
@@ -36,6 +38,18 @@ Read = TypeVar("Read")
 
 class DataError(ValueError):
     """Data that cannot be used; the message is one clear line for the user."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What every modality's data set yields. `index` is the one asked for, also when another file stood in for it."""
+
+    inputs: Tensor
+    """uint8 (channels, size, size) of an image, float32 (samples,) of a waveform, int64 (tokens,) of text."""
+    epoch: int
+    index: int
+    failures: tuple[str, ...] = ()
+    """`name: reason` of every file that could not be used on the way."""
 
 
 class ImageSource(Protocol):

@@ -13,19 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from pretrain.data.corpus import Corpus
-from pretrain.data.sources import DataError
+from pretrain.data.sources import DataError, Sample
 from pretrain.data.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class TextSample:
-    """Some tokens, beginning with bos."""
-
-    inputs: torch.Tensor
-    """int64 (tokens,)"""
-    epoch: int
-    index: int
-    failures: tuple[str, ...] = ()
 
 
 @dataclass(eq=False)
@@ -63,7 +52,7 @@ class TextDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return self.corpus.tokens // (self.tokens - 1)
 
-    def __getitem__(self, key: tuple[int, int]) -> TextSample:
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
         """The sample of (epoch, index); raises `IndexError` for an index outside the corpus."""
         epoch, index = key
         if not 0 <= index < len(self):
@@ -72,7 +61,7 @@ class TextDataset(torch.utils.data.Dataset):
         inputs = np.empty(self.tokens, np.int64)
         inputs[0] = self.corpus.meta.bos
         inputs[1:] = self.corpus.read(index * text, (index + 1) * text)
-        return TextSample(torch.from_numpy(inputs), epoch, index)
+        return Sample(torch.from_numpy(inputs), epoch, index)
 
 
 @dataclass(frozen=True)
@@ -122,12 +111,12 @@ class SentenceDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self._inputs)
 
-    def __getitem__(self, key: tuple[int, int]) -> TextSample:
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
         """The sample of (epoch, index), inputs (t,) with 3 <= t <= max_tokens or t = 2 for a text without ids."""
         epoch, index = key
         if not 0 <= index < len(self):
             raise IndexError(f"sentence {index} of {len(self)}")
-        return TextSample(torch.from_numpy(self._inputs[index].copy()), epoch, index)
+        return Sample(torch.from_numpy(self._inputs[index].copy()), epoch, index)
 
 
 def _sentence_file(folder: Path, split: str) -> Path | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import shutil
 import sys
@@ -31,7 +30,7 @@ from models.data2vec import Data2Vec
 from pretrain.checkpoint import CheckpointError
 from pretrain.config import Config, ConfigError, load
 from pretrain.data.corpus import main as make_corpus
-from pretrain.data.sources import DataError
+from pretrain.data.sources import DataError, Sample
 from pretrain.data.text import Sentences
 from pretrain.data.tokenizer import Tokenizer, open_tokenizer, train_tokenizer
 from tests.unit.test_probe import is_a_picture, write_checkpoint
@@ -150,14 +149,6 @@ def test_padding_changes_nothing(modality: str, tones: Path, language: Path) -> 
     pooled = torch.cat([frozen.features(x[None]).pooled for x in inputs])
     torch.testing.assert_close(frozen.features(batch.inputs, -1, batch.lengths).pooled, pooled, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(alone[:, : config.model.width], pooled)
-
-
-@dataclasses.dataclass
-class Sample:
-    inputs: torch.Tensor
-    epoch: int
-    index: int
-    failures: tuple[str, ...] = ()
 
 
 def test_convolutions_over_padding_change_little(tones: Path) -> None:
