@@ -74,11 +74,17 @@ def test_formats(tmp_path, suffix):
     assert np.abs(samples - sine(2))[inner].max() < ENCODINGS[suffix][2]
 
 
-@pytest.mark.parametrize("suffix", ["wav", "mp3"])
-@pytest.mark.parametrize("rate", [8000, 11025, 22050, 44100, 48000, 96000, 192000, 44056])
+def coded(suffixes, rates):
+    """Those of the pairs that the format knows."""
+    known = {"opus": (8000, 16000, 48000), "mp3": (8000, 11025, 16000, 22050, 44100, 48000)}
+    return [(rate, suffix) for suffix in suffixes for rate in rates if rate in known.get(suffix, (rate,))]
+
+
+OTHER_RATES = [8000, 11025, 22050, 44100, 48000, 96000, 192000, 44056]
+
+
+@pytest.mark.parametrize(("rate", "suffix"), coded(["wav", "mp3"], OTHER_RATES))
 def test_other_rates_give_the_same_sine(tmp_path, rate, suffix):
-    if suffix == "mp3" and rate not in (8000, 11025, 22050, 44100, 48000):
-        pytest.skip("no such MP3")
     write(tmp_path / f"a.{suffix}", sine(2, rate), rate)
     source, samples = only(tmp_path)
     assert len(samples) == source.lengths[0] == 2 * RATE
@@ -92,12 +98,8 @@ def test_what_16_khz_cannot_hold_is_filtered_out(tmp_path):
     assert np.abs(only(tmp_path)[1][400:-400]).max() < 1e-3
 
 
-@pytest.mark.parametrize("suffix", ENCODINGS)
-@pytest.mark.parametrize("rate", [8000, 11025, 16000, 44100, 48000, 192000, 44056])
+@pytest.mark.parametrize(("rate", "suffix"), coded(ENCODINGS, [8000, 11025, 16000, 44100, 48000, 192000, 44056]))
 def test_a_part_equals_that_part_of_the_whole(tmp_path, rate, suffix):
-    coded = {"opus": (8000, 16000, 48000), "mp3": (8000, 11025, 16000, 44100, 48000)}
-    if rate not in coded.get(suffix, (rate,)):
-        pytest.skip("no such file")
     content = np.random.default_rng(1).uniform(-0.5, 0.5, 3 * rate)
     content[rate : 2 * rate] = sine(1, rate)  # a quiet part: MP3 frames there draw on those before them
     write(tmp_path / f"a.{suffix}", content, rate)
