@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -59,8 +60,13 @@ def collate(config: ModelConfig, samples: Sequence[Sample]) -> Inputs:
     return pad(samples, config)
 
 
-def mean_and_deviation(positions: Tensor, lengths: Tensor | None, config: ModelConfig) -> Tensor:
-    """(B, T, D) -> (B, 2 * D) over the frames of each clip: who speaks is also in how much things change."""
+def mean_and_deviation(states: Iterator[Tensor], lengths: Tensor | None, config: ModelConfig) -> Tensor:
+    """-> (B, 2 * D), over the frames of each clip, of the sum of all states, normalised: who speaks is also in how
+    much things change, and in low blocks, as targets are normalised over time and lose what a clip has in common.
+
+    SUPERB (Yang et al., Interspeech 2021) lets probes see such a sum, with learned weights.
+    """
+    positions = torch.stack([F.layer_norm(state, state.shape[-1:]) for state in states]).sum(dim=0)
     real = valid(positions, lengths)
     count = real.sum(dim=1)
     mean = (positions * real).sum(dim=1) / count

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -13,18 +13,19 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from scipy.sparse import csr_matrix, vstack
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from finetune.modality import MODALITIES
-from finetune.samples import Array, Inputs, Matrix, Represent, Samples, like_sized, valid
+from finetune.samples import Array, Inputs, Matrix, Modality, Represent, Samples, like_sized, valid
 from models.config import ModelConfig
 from models.data2vec import FRONT_ENDS, Encoder
 from pretrain.checkpoint import CheckpointError, latest
 from pretrain.config import Config, ConfigError, load
-from pretrain.data.sources import DataError
+from pretrain.data.sources import DataError, Sample, in_one_line
 from pretrain.progress import Progress
 
 
@@ -53,22 +54,26 @@ class FrozenEncoder:
 
         Raises IndexError if there is no such block.
         """
-        last = range(self.config.depth)[layer]
+        block = range(self.config.depth)[layer]
+        positions = next(islice(self._states(inputs, lengths), block + 1, None))
+        real = valid(positions, lengths)
+        return Features(positions, (positions * real).sum(dim=1) / real.sum(dim=1))
+
+    @torch.inference_mode()
+    def __call__(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
+        return MODALITIES[self.config.modality].seen(self._states(inputs, lengths), lengths, self.config)
+
+    def _states(self, inputs: Tensor, lengths: Tensor | None) -> Iterator[Tensor]:
+        """Local features, then the output of each main block, (B, T, D) without extra tokens."""
         lengths = None if lengths is None else lengths.to(self.device)
         assert self.encoder.local is not None
         local = self.encoder.local(inputs.to(self.device), lengths)
         if lengths is not None:
             local = local * valid(local, lengths)  # nothing comes from behind the end, as in a sample alone
+        yield local
         x, bias = self.encoder.context(local, lengths=lengths)
-        for output, _ in islice(self.encoder.layers(x, bias), last + 1):
-            x = output
-        positions = x[:, self.config.extra_tokens :]
-        real = valid(positions, lengths)
-        return Features(positions, (positions * real).sum(dim=1) / real.sum(dim=1))
-
-    def __call__(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
-        positions = self.features(inputs, lengths=lengths).positions
-        return MODALITIES[self.config.modality].seen(positions, lengths, self.config)
+        for output, _ in self.encoder.layers(x, bias):
+            yield output[:, self.config.extra_tokens :]
 
     def represent(self, batch: Inputs) -> Tensor:
         return self(batch.inputs, batch.lengths)
@@ -191,7 +196,7 @@ def extract(
     indices: Sequence[int] | None = None,
 ) -> Array:
     """What probes see (n, D) of a data set, in its order, which should be made with train=False if it can."""
-    found = extract_each([encoder.represent], dataset, encoder.config, batch_size, label, indices)[0]
+    (found,), _ = extract_each([encoder.represent], dataset, encoder.config, batch_size, label, indices)
     assert isinstance(found, np.ndarray)
     return found
 
@@ -204,8 +209,9 @@ def extract_each(
     label: str = "",
     indices: Sequence[int] | None = None,
     workers: int = 0,
-) -> list[Matrix]:
-    """Several representations of the samples `indices` (None: all), read once. -> one (n, D) each, in their order.
+) -> tuple[list[Matrix], NDArray[np.bool_]]:
+    """Several representations of the samples `indices` (None: all), read once. -> one (n, D) each, in their order; and
+    (n,) which samples are themselves, not others that stand in for what cannot be read.
 
     Samples of like length meet in a batch, of `batch_size` at most. Raises DataError, in one line, for what cannot be
     read.
@@ -213,24 +219,30 @@ def extract_each(
     modality = MODALITIES[config.modality]
     chosen = np.arange(len(dataset)) if indices is None else np.asarray(indices, np.int64)
     batches = like_sized(modality.sizes(dataset)[chosen], batch_size, modality.largest)
-    loader: DataLoader[Inputs] = DataLoader(
+    loader: DataLoader[tuple[Inputs, list[bool]]] = DataLoader(
         dataset,  # type: ignore[arg-type]
         batch_sampler=[[(0, int(chosen[i])) for i in batch] for batch in batches],  # type: ignore[arg-type]
-        collate_fn=partial(modality.collate, config),
+        collate_fn=partial(_collate, modality, config),
         num_workers=workers,
     )
     parts: list[list[Matrix]] = [[] for _ in represent]
+    genuine: list[bool] = []
     with Progress(label, len(chosen)) as progress:
         try:
-            for batch in loader:
+            for batch, themselves in loader:
+                genuine += themselves
                 for part, function in zip(parts, represent, strict=True):
                     found = function(batch)
                     part.append(found.float().cpu().numpy() if isinstance(found, Tensor) else found)
                 progress.advance(len(batch.inputs))
-        except DataError as error:  # a worker's comes with its traceback as text, the message last
-            raise DataError(str(error).strip().splitlines()[-1].rpartition("DataError: ")[2]) from None
+        except DataError as error:
+            raise in_one_line(error) from None
     places = np.argsort(np.concatenate(batches), kind="stable")
-    return [_stacked(part)[places] for part in parts]
+    return [_stacked(part)[places] for part in parts], np.array(genuine)[places]
+
+
+def _collate(modality: Modality, config: ModelConfig, samples: Sequence[Sample]) -> tuple[Inputs, list[bool]]:
+    return modality.collate(config, samples), [not sample.failures for sample in samples]
 
 
 def _stacked(parts: list[Matrix]) -> Matrix:

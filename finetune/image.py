@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from finetune.samples import Inputs, Labelled, Modality, Represent, open_splits, renumbered
+from finetune.samples import Inputs, Labelled, Modality, Represent, last, open_splits, renumbered
 from models.config import ModelConfig
 from pretrain.config import Config
 from pretrain.data.fetch import resolve
@@ -56,9 +56,9 @@ def collate(config: ModelConfig, samples: Sequence[Sample]) -> Inputs:
     return Inputs(torch.stack([sample.inputs for sample in samples]))
 
 
-def quarters(positions: Tensor, lengths: Tensor | None, config: ModelConfig) -> Tensor:
-    """(B, T, D) -> (B, CELLS**2 * D), the means of the cells."""
-    grid = positions.transpose(1, 2).unflatten(2, config.grid_shape)
+def quarters(states: Iterator[Tensor], lengths: Tensor | None, config: ModelConfig) -> Tensor:
+    """-> (B, CELLS**2 * D), the means of the last block's output over cells of the picture."""
+    grid = last(states).transpose(1, 2).unflatten(2, config.grid_shape)
     return F.adaptive_avg_pool2d(grid, CELLS).flatten(1)
 
 

@@ -30,10 +30,11 @@ from sklearn.preprocessing import normalize
 from finetune.features import WEIGHTS, FrozenEncoder, extract_each, find, load_encoder
 from finetune.modality import MODALITIES
 from finetune.samples import Labelled, Labels, Matrix, Represent, Samples
-from pretrain.checkpoint import CheckpointError, write_atomically
+from pretrain.checkpoint import CheckpointError
 from pretrain.config import Config, ConfigError
 from pretrain.data.fetch import resolve
 from pretrain.data.sources import DataError
+from pretrain.files import write_atomically
 from pretrain.progress import Progress
 
 Count = int | str  # of labels; ALL for as many as there are
@@ -246,12 +247,18 @@ def compare(
         modality.baseline: modality.plain(data.train, train_ids.tolist()),
     }
 
-    def features(dataset: Samples, chosen: Labels, label: str) -> list[Matrix]:
-        functions = list(representations.values())
-        return extract_each(functions, dataset, config.model, 256, label, chosen.tolist(), config.data.workers)
+    def features(dataset: Samples, chosen: Labels, split: str) -> tuple[list[Matrix], Labels]:
+        """Of the samples that can be read, and which these are."""
+        functions, label = list(representations.values()), f"features of {split} {modality.unit}"
+        found, genuine = extract_each(
+            functions, dataset, config.model, 256, label, chosen.tolist(), config.data.workers
+        )
+        if lost := int((~genuine).sum()):
+            print(f"left out {lost:,} {split} {modality.unit} that cannot be read")
+        return [matrix[genuine] for matrix in found], chosen[genuine]
 
-    train = features(data.train, train_ids, f"features of training {modality.unit}")
-    test = features(data.test, test_ids, f"features of test {modality.unit}")
+    train, train_ids = features(data.train, train_ids, "training")
+    test, test_ids = features(data.test, test_ids, "test")
     table = ProbeTable(found.step, which, len(train_ids), len(test_ids), data.classes)
     table.unit, table.data = modality.unit, data_path
     for name, train_x, test_x in zip(representations, train, test, strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -71,8 +71,8 @@ class Modality:
     sizes: Callable[[Any], NDArray[np.int64]]
     """The length of each sample of one of the data sets, (n,)."""
     collate: Callable[[ModelConfig, Sequence[Sample]], Inputs]
-    seen: Callable[[Tensor, Tensor | None, ModelConfig], Tensor]
-    """(encoder's output (B, T, D), lengths, config) -> what probes see, (B, D')."""
+    seen: Callable[[Iterator[Tensor], Tensor | None, ModelConfig], Tensor]
+    """(local features and then each block's output, (B, T, D); lengths; config) -> what probes see, (B, D')."""
     plain: Callable[[Any, Sequence[int]], Represent]
     """(training samples, those that may be used) -> the baseline's representation, fitted on them if it has to be."""
     facts: Callable[[Config], tuple[str, str]]
@@ -105,14 +105,20 @@ def open_splits(open_split: Callable[[str, str], S], path: str, kind: str) -> tu
         test = open_split(path, "test")
     except DataError as error:
         raise NoProbe(f"no probe: no test {kind} ({error})") from None
-    if len(test) == len(train) and test.name(0) == train.name(0):
-        raise NoProbe(f"no probe: {path} has no test split, its training {kind} would be judged by themselves")
+    refuse_shared((test.name(i) for i in range(len(test))), (train.name(i) for i in range(len(train))), path, kind)
     if test.labels is None:
         raise NoProbe(f"no probe: the test {kind} of {path} have no labels")
     strange = [test.classes[i] for i in np.unique(test.labels) if test.classes[i] not in train.classes]
     if strange:
         raise NoProbe(f"no probe: {path} has test {kind} of classes without training {kind}: {', '.join(strange[:5])}")
     return train, test
+
+
+def refuse_shared(test: Iterable[str], train: Iterable[str], path: str, kind: str) -> None:
+    """Raises NoProbe if some of the `test` samples are `train` samples too."""
+    held_out = set(test)
+    if shared := len(held_out.intersection(train)):
+        raise NoProbe(f"no probe: {shared:,} of {len(held_out):,} test {kind} of {path} are training {kind} too")
 
 
 def renumbered(labels: Labels, classes: Sequence[str], as_in: Sequence[str]) -> Labels:
@@ -128,6 +134,13 @@ def pad(samples: Sequence[Sample], config: ModelConfig, value: float = 0) -> Inp
     inputs = torch.nn.utils.rnn.pad_sequence(each, batch_first=True, padding_value=value)
     lengths = None if min(sizes) == max(sizes) else torch.tensor([config.grid(size)[0] for size in sizes])
     return Inputs(inputs, lengths, samples)
+
+
+def last(states: Iterator[Tensor]) -> Tensor:
+    """The encoder's output, without keeping what comes before it."""
+    for state in states:
+        output = state
+    return output
 
 
 def valid(positions: Tensor, lengths: Tensor | None) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import Tensor
 
-from finetune.samples import Inputs, Labelled, Modality, NoProbe, Represent, pad, valid
+from finetune.samples import Inputs, Labelled, Modality, NoProbe, Represent, last, pad, refuse_shared, valid
 from models.config import ModelConfig
 from pretrain.config import Config, ConfigError
 from pretrain.data.corpus import Corpus, open_corpus
@@ -50,8 +50,7 @@ def labelled(config: Config, path: str, run: Path | None = None) -> Labelled:
         train, test = open_sentences(path, "train"), open_sentences(path, "test")
     except DataError as error:
         raise NoProbe(f"no probe without labelled sentences: {error}; choose a folder of them with --data") from None
-    if train.texts == test.texts:
-        raise NoProbe(f"no probe: {path} tests the sentences that it trains on")
+    refuse_shared(test.texts, train.texts, path, TEXT.unit)
     tokenizer = find_tokenizer(config, run)
     most = config.model.text.tokens
     return Labelled(
@@ -108,15 +107,20 @@ def collate(config: ModelConfig, samples: Sequence[Sample]) -> Inputs:
     return pad(samples, config, config.text.pad)
 
 
-def mean(positions: Tensor, lengths: Tensor | None, config: ModelConfig) -> Tensor:
-    """(B, T, D) -> (B, D), over all tokens of each sentence, <s> and </s> among them."""
+def mean(states: Iterator[Tensor], lengths: Tensor | None, config: ModelConfig) -> Tensor:
+    """-> (B, D), of the last block's output over all tokens of each sentence, <s> and </s> among them."""
+    positions = last(states)
     real = valid(positions, lengths)
     return (positions * real).sum(dim=1) / real.sum(dim=1)
 
 
 def plain(train: SentenceTexts, indices: Sequence[int]) -> Represent:
     """Words weighed by how rare they are in the training texts (TF-IDF), sparse, rows of length 1."""
-    words = TfidfVectorizer(dtype=np.float32).fit([train.texts[i] for i in indices])
+    words = TfidfVectorizer(token_pattern=r"\w+", dtype=np.float32)
+    try:
+        words.fit([train.texts[i] for i in indices])
+    except ValueError as error:
+        raise NoProbe(f"no probe: no words in the training sentences ({error})") from None
     return lambda batch: words.transform([cast(Sentence, sample).text for sample in batch.samples])
 
 

@@ -256,6 +256,7 @@ def problems(config: ModelConfig) -> list[str]:
             ),
         ]
     if config.modality == "text":
+        rules.append((config.prenet_depth == 0, "model.prenet_depth: text has no prenet, its teacher averages blocks"))
         rules.append((text.pad < text.vocabulary, f"model.text.pad={text.pad} is no id below {text.vocabulary}"))
     return [sentence for ok, sentence in rules if not ok]
 

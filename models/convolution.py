@@ -13,8 +13,8 @@ from models.masks import gather_rows
 def convolve(conv: nn.Module, x: Tensor, shape: tuple[int, ...], ids: Tensor | None = None) -> Tensor:
     """`conv` on (N, T, C) over a grid of `shape`, prod(shape) = T -> (N, T', C'), or (N, P, C') at `ids` (N, P) alone.
 
-    Activations stay channels-last throughout. The convolution sees a permuted view of them, which is exactly the layout
-    it is fastest in, so nothing is ever transposed in memory.
+    Activations stay channels-last throughout. A 2-D convolution sees a permuted view of them, which is exactly the
+    layout it is fastest in; in 1-D torch transposes, and still is faster than in 2-D with an axis of 1.
     """
     n, _, c = x.shape
     if ids is not None and isinstance(conv, nn.Conv1d) and conv.groups == 1 and conv.bias is not None:

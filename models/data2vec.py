@@ -121,7 +121,7 @@ class Encoder(nn.Module):
         return x, bias
 
     def bias(self, features: Tensor, ids_keep: Tensor | None, lengths: Tensor | None) -> Bias | None:
-        """ALiBi between the kept positions, and -inf where they are padding."""
+        """ALiBi between the kept positions, and which of them are padding."""
         if self.alibi is None and lengths is None:
             return None
         ids = torch.arange(features.shape[1], device=features.device)[None] if ids_keep is None else ids_keep
@@ -216,7 +216,7 @@ class Data2Vec(nn.Module):
         """
         loss, scale = self.config.loss, self.config.loss_scale
         features = self.student.local(batch.inputs, batch.lengths)
-        targets = self.targets(batch.inputs, features, batch.lengths)
+        targets = self.targets(batch.inputs, features.detach(), batch.lengths)
         encoded = self.student(features, batch.ids_keep, batch.lengths, self.dropped_blocks(seed))
         prediction = self.predict(encoded, batch)
         target = gather_rows(targets, batch.ids_mask)

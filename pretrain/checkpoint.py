@@ -11,7 +11,6 @@ weights, fp32 masters, Adam's moments and the loss scale are DeepSpeed's; the te
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,9 +23,11 @@ from safetensors import SafetensorError
 
 from pretrain.config import Config, RunConfig, flat, to_yaml
 from pretrain.ema import ShardedTeacher
+from pretrain.files import flush, write_atomically
 from pretrain.parallel import World
 
 PARTIAL = ".partial-"
+PACKING = "train.micro_batch"  # of samples that differ in length it decides which of them meet
 # What may change between a run and its continuation.
 FREE = (
     "run.",
@@ -36,7 +37,7 @@ FREE = (
     "data.max_failed_share",
     "data.image.max_pixels",
     "train.threads",
-    "train.micro_batch",
+    PACKING,
     "train.deepspeed",
 )
 DAMAGED = (OSError, RuntimeError, KeyError, ValueError, EOFError, AssertionError, UnpicklingError, SafetensorError)
@@ -91,11 +92,11 @@ def save(
     _barrier(world)
     if world.is_main:
         for file in partial.rglob("*"):
-            _flush(file)
+            flush(file)
         if final.exists():  # the same step, saved by a run that was killed before it moved the pointer
             shutil.rmtree(final)
         partial.rename(final)
-        _flush(folder)
+        flush(folder)
         write_atomically(folder / "latest", name + "\n")
         prune(folder, name, config.run)
     _barrier(world)
@@ -158,16 +159,8 @@ def prune(folder: Path, newest: str, run: RunConfig) -> None:
 def differences(old: Config, new: Config) -> list[str]:
     """Settings of the two that differ, as "key: old -> new"; where a run lives and how often it speaks aside."""
     before, after = flat(old), flat(new)
-    return [f"{k}: {before[k]} -> {after[k]}" for k in after if before[k] != after[k] and not k.startswith(FREE)]
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Readers see the old text or the new one, also after a power cut."""
-    beside = path.with_name(f".{path.name}.new")
-    beside.write_text(text)
-    _flush(beside)
-    os.replace(beside, path)
-    _flush(path.parent)
+    free = FREE if new.model.sample_size == 1 else tuple(k for k in FREE if k != PACKING)
+    return [f"{k}: {before[k]} -> {after[k]}" for k in after if before[k] != after[k] and not k.startswith(free)]
 
 
 def _load_trained(src: dict[str, torch.Tensor], dst: torch.nn.Module) -> None:
@@ -176,14 +169,6 @@ def _load_trained(src: dict[str, torch.Tensor], dst: torch.nn.Module) -> None:
     missing = [name for name in missing if not name.startswith("teacher.")]
     if missing or unexpected:
         raise CheckpointError(f"weights do not fit this model: missing {missing[:5]}, unexpected {unexpected[:5]}")
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _barrier(world: World) -> None:

@@ -207,7 +207,8 @@ def check(config: Config) -> None:
     ]
     if config.model.modality == "audio" and not found:
         shortest, longest = audio.min_seconds, config.model.audio.seconds
-        frames = config.model.audio.frames(int(shortest * RATE))
+        least = int(shortest * RATE)
+        frames = config.model.audio.frames(least - least % audio.multiple or least)  # as PackSampler crops
         rules += [
             (shortest <= longest, f"data.audio.min_seconds={shortest} is longer than model.audio.seconds={longest}"),
             (

@@ -44,50 +44,60 @@ def useful_work(config: ModelConfig) -> Work:
     decoder = config.decoder
     widths = [width] + [decoder.width] * decoder.layers
     taps = decoder.kernel ** len(config.grid_shape) / decoder.groups
-    convolutions = sum(2 * t * a * b * taps for a, b in pairwise(widths))
+    convolutions = [2 * t * a * b * taps for a, b in pairwise(widths)]
+    if last_at_hidden(config):
+        convolutions[-1] *= hidden / t
     into = widths[-1] * width
     if decoder.projection_layers == 2:
         into = 2 * widths[-1] * (widths[-1] + width)
-    first, others, teachers, positions = LOCAL_WORK[config.modality](config)
+    local = LOCAL_WORK[config.modality](config)
     # No gradient is needed with respect to inputs: the first layer counts twice, not thrice.
     return Work(
-        2 * first + 3 * others,
-        encoder(t + config.extra_tokens) + teachers + positions,
-        3 * m * (encoder(visible) + positions),
-        3 * m * (convolutions + 2 * hidden * into),
+        2 * local.first + 3 * local.others,
+        encoder(t + config.extra_tokens) + local.teacher + local.positions,
+        3 * m * (encoder(visible) + local.positions),
+        3 * m * (sum(convolutions) + 2 * hidden * into),
     )
+
+
+def last_at_hidden(config: ModelConfig) -> bool:
+    """Whether the decoder's last convolution is a matrix product at hidden positions (`models.convolution`)."""
+    return config.decoder.layers > 0 and config.decoder.groups == 1 and len(config.grid_shape) == 1
 
 
 class LocalWork(NamedTuple):
     """Forward work before the blocks, for one sample: the student's first layer and its others, a local encoder of the
-    teacher's own, and positions, where convolutions make them, for one view."""
+    teacher's own, and positions, where convolutions make them, for one view. `saved`: numbers that the student's local
+    encoder keeps for the backward pass."""
 
     first: float
     others: float = 0.0
     teacher: float = 0.0
     positions: float = 0.0
+    saved: float = 0.0
 
 
 def image_work(config: ModelConfig) -> LocalWork:
     patch = 2 * config.positions * config.image.channels * config.image.patch**2 * config.width
-    return LocalWork(patch, teacher=patch)
+    return LocalWork(patch, teacher=patch, saved=config.image.channels * config.image.size**2)
 
 
 def audio_work(config: ModelConfig) -> LocalWork:
     audio, t = config.audio, config.length
-    layers, channels = [], 1
+    layers, channels, saved = [], 1, t
     for kernel, stride in zip(audio.kernels, audio.strides, strict=True):
         t = (t - kernel) // stride + 1
         layers.append(2 * t * channels * audio.channels * kernel)
         channels = audio.channels
+        saved += 3 * t * channels  # the convolution's output, normalised, after GELU
     projection = 2 * t * channels * config.width
     taps = audio.position_kernel / audio.position_groups
     positions = audio.position_layers * 2 * t * config.width**2 * taps
-    return LocalWork(layers[0], sum(layers[1:]) + projection, positions=positions)
+    return LocalWork(layers[0], sum(layers[1:]) + projection, positions=positions, saved=saved + t * channels)
 
 
 def text_work(config: ModelConfig) -> LocalWork:
-    return LocalWork(0.0)  # rows of tables
+    return LocalWork(0.0, saved=config.positions * config.width)  # rows of tables, normalised
 
 
 LOCAL_WORK = {"image": image_work, "audio": audio_work, "text": text_work}
@@ -118,7 +128,7 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
 
 
 def memory(config: Config, plan: BatchPlan, stage: int) -> Memory:
-    """An estimate for one rank, by ZeRO stage and precision; activations to about a fifth."""
+    """An estimate for one rank, by ZeRO stage and precision; activations to about a tenth."""
     counts = parameter_counts(config.model)
     trained = counts["student"] + counts["decoder"]
     low = 2 if config.train.precision != "fp32" and not (stage == 0 and config.train.precision == "bf16") else 4
@@ -130,9 +140,8 @@ def memory(config: Config, plan: BatchPlan, stage: int) -> Memory:
         gradients=low * trained / (plan.ranks if stage >= 2 else 1),
         optimizer=masters + 8 * trained / shards,
         teacher=average,
-        activations=(2 if config.train.precision != "fp32" else 4)
-        * samples(config.model, plan.micro_batch)
-        * saved_values(config.model),
+        activations=samples(config.model, plan.micro_batch)
+        * ((2 if config.train.precision != "fp32" else 4) * saved_values(config.model) + dropout_masks(config.model)),
     )
 
 
@@ -146,12 +155,26 @@ def saved_values(config: ModelConfig) -> float:
     width, t, m = config.width, config.positions, config.num_masks
     hidden = config.mask.hidden(t)
     tokens = m * (t - hidden + config.extra_tokens)
+    local = LOCAL_WORK[config.modality](config).saved
+    # A convolution of the positions keeps what one of the decoder does.
+    positions = 3 * m * t * width * config.audio.position_layers if config.modality == "audio" else 0
     # A block keeps: its input (qkv's), q, k, v, attention's output, the sum into norm1, norm1's output, the hidden
     # layer before and after GELU, the sum into norm2.
     block = tokens * width * (8 + 2 * config.mlp_ratio)
     # A decoder layer keeps: its input, the convolution's output and the normalised values.
     decoder = m * t * config.decoder.width * 3 * config.decoder.layers
-    return (config.prenet_depth + config.depth) * block + decoder + m * hidden * (config.decoder.width + 3 * width)
+    if last_at_hidden(config):  # windows for the input, and all else at hidden positions
+        decoder += m * config.decoder.width * (hidden * (config.decoder.kernel + 2) - 3 * t)
+    ends = local + positions + m * hidden * (config.decoder.width + 3 * width)
+    return (config.prenet_depth + config.depth) * block + decoder + ends
+
+
+def dropout_masks(config: ModelConfig) -> float:
+    """Bytes kept for the backward pass of one sample with its masks, one for every value that may be dropped; what
+    attention drops is drawn again."""
+    tokens = config.num_masks * (config.positions - config.mask.hidden(config.positions) + config.extra_tokens)
+    places = (config.dropout.residual > 0) + (config.dropout.mlp > 0)
+    return (config.prenet_depth + config.depth) * places * tokens * config.width
 
 
 def describe(config: Config, ranks: int) -> str:

@@ -24,6 +24,7 @@ from pretrain.data.loader import Dataset, build_dataset, build_loader
 from pretrain.data.sources import DataError
 from pretrain.ema import ShardedTeacher
 from pretrain.engine import StepResult, build_engine, loss_scale, optimizer_step
+from pretrain.files import write_atomically
 from pretrain.metrics import Recorder
 from pretrain.optim import ema_decay, learning_rate, set_hyperparameters
 from pretrain.parallel import World
@@ -57,7 +58,8 @@ class StepSums:
 def objective(output: Output, loss: LossConfig, masked: Tensor | int, rows: int) -> Tensor:
     """This micro-batch's part of the global loss: parts add up over micro-batches and ranks (docs/method.md 1.6).
 
-    `masked` and `rows` count the *global* batch: its hidden positions, and its samples times masks.
+    `masked` and `rows` count the *global* batch: its hidden positions, and, where there is a class token, its samples
+    times masks.
     """
     return output.regression / masked + loss.cls * loss.cls_rows / rows * output.cls
 
@@ -150,7 +152,7 @@ def train(config: Config, world: World) -> int:
     newest = checkpoint.latest(checkpoints)
     if newest:
         refuse_other_experiment(newest, config)
-    dataset = build_dataset(config)
+    dataset = build_dataset(config, progress=world.is_main)
     trainer = Trainer(config, world)
     if newest:
         trainer.state = checkpoint.load(newest, trainer.engine, trainer.teacher, world)
@@ -163,7 +165,7 @@ def train(config: Config, world: World) -> int:
     state.samples = len(dataset)
     recorder = Recorder(folder, config, state.step, state.read, world.is_main)
     if world.is_main:
-        checkpoint.write_atomically(folder / "config.yaml", to_yaml(config))
+        write_atomically(folder / "config.yaml", to_yaml(config))
         keep_assets(folder, dataset)
     recorder.say(f"run folder {folder}: " + (f"resuming after step {state.step}" if newest else "starting"))
     for note in dataset.notes:
@@ -185,9 +187,10 @@ def train(config: Config, world: World) -> int:
             saving = state.step > saved and (stopping or state.step % config.run.save_every == 0 or state.step == steps)
             if result.applied and (logging or saving):
                 metrics = trainer.measure(sums, result)
-                watch(config, state, metrics, world)  # before it is saved, or even written down
+                read, failures = world.sum(torch.tensor([state.read, state.failures], device=world.device)).tolist()
+                watch(config, state.step, metrics, read, failures)  # before it is saved, or even written down
                 if logging:
-                    recorder.record(state.step, metrics, state.read * world.size)
+                    recorder.record(state.step, metrics, read)
             if saving:
                 path = checkpoint.save(checkpoints, trainer.engine, trainer.teacher, state, config, world)
                 recorder.note(f"saved {path}")
@@ -208,30 +211,27 @@ def train(config: Config, world: World) -> int:
         recorder.close()
 
 
-def watch(config: Config, state: RunState, metrics: dict[str, float], world: World) -> None:
-    """Stops a run that has collapsed, gone to infinity, or cannot read its data."""
+def watch(config: Config, step: int, metrics: dict[str, float], read: int, failures: int) -> None:
+    """Stops a run that has collapsed, gone to infinity, or cannot read its data: `failures` of `read` samples."""
     if not math.isfinite(metrics["loss"]):
-        raise Diverged(f"step {state.step}: the loss is {metrics['loss']}.")
+        raise Diverged(f"step {step}: the loss is {metrics['loss']}.")
     if metrics["grad_norm"] > config.watch.max_grad_norm > 0:
         raise Diverged(
-            f"step {state.step}: the gradient norm {metrics['grad_norm']:.4g} is over watch.max_grad_norm="
+            f"step {step}: the gradient norm {metrics['grad_norm']:.4g} is over watch.max_grad_norm="
             f"{config.watch.max_grad_norm}."
         )
     if metrics.get("loss_scale", math.inf) < config.watch.min_loss_scale:
         raise Diverged(
-            f"step {state.step}: the loss scale {metrics['loss_scale']:.4g} is under watch.min_loss_scale="
+            f"step {step}: the loss scale {metrics['loss_scale']:.4g} is under watch.min_loss_scale="
             f"{config.watch.min_loss_scale}."
         )
-    if state.step > config.watch.after_steps:
+    if step > config.watch.after_steps:
         for key, least in (
             ("target_deviation", config.watch.min_target_deviation),
             ("prediction_deviation", config.watch.min_prediction_deviation),
         ):
             if metrics[key] < least:
-                raise Diverged(
-                    f"step {state.step}: collapse, {key} {metrics[key]:.4g} is under watch.min_{key}={least}."
-                )
-    read, failures = world.sum(torch.tensor([state.read, state.failures], device=world.device)).tolist()
+                raise Diverged(f"step {step}: collapse, {key} {metrics[key]:.4g} is under watch.min_{key}={least}.")
     share = config.data.max_failed_share
     if failures > max(share * read, TOLERATED if share else 0):
         raise DataError(

@@ -1,8 +1,8 @@
 """Attention whose logits get a bias, or whose weights are dropped out, in memory that does not grow with the rows.
 
 torch's fused kernels take no such bias with a gradient for its scale, and on the CPU no dropout; what they fall back to
-keeps several (N, H, K, K) tensors a block. Here logits exist for a few rows at a time, forward and again backward. The
-plain twin is `plain_attention`.
+keeps several (N, H, K, K) tensors a block. Here logits, weights and what is dropped of them exist for a few rows at a
+time, forward and again backward. The plain twin is `plain_attention`.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+LEAST = torch.finfo(torch.float32).min  # unlike -inf, a row that sees nothing but padding stays finite
 LOGITS = {"cpu": 2**20, "cuda": 2**26}  # how many at a time, or those of one row; on the CPU they stay in the cache
 
 
 @dataclass(frozen=True, eq=False)
 class Bias:
-    """logits[n, h, i, j] += slope[h] * distance[n, i, j], and -inf where key j is padding. Shared by all heads, blocks
-    and, with a first axis of 1, rows: nothing of size (N, H, K, K) is ever made of it."""
+    """logits[n, h, i, j] += slope[h] * distance[n, i, j], and `LEAST` where key j is padding. Shared by all heads,
+    blocks and, with a first axis of 1, rows: nothing of size (N, H, K, K) is ever made of it."""
 
     slope: Tensor | None = None  # (H,) fp32
     distance: Tensor | None = None  # (N or 1, K, K) fp32
@@ -30,9 +31,9 @@ class Bias:
 
 def attention(qkv: Tensor, bias: Bias | None = None, dropout: float = 0.0) -> Tensor:
     """Softmax attention of (N, K, 3, H, D/H) -> (N, K, D). Logits are scaled by (D/H)^-0.5, bias and softmax fp32."""
-    if bias is None and not dropout:
+    if bias is None and (not dropout or qkv.is_cuda):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).flatten(2)
     bias = bias or Bias()
     return BiasedAttention.apply(qkv, bias.slope, bias.distance, bias.padding, dropout)
 
@@ -44,38 +45,36 @@ def plain_attention(qkv: Tensor, bias: Bias | None = None) -> Tensor:
     if bias is not None and bias.slope is not None and bias.distance is not None:
         logits = logits + bias.slope[:, None, None] * bias.distance[:, None]
     if bias is not None and bias.padding is not None:
-        logits = logits.masked_fill(bias.padding[:, None, None], -torch.inf)
+        logits = logits.masked_fill(bias.padding[:, None, None], LEAST)
     return (logits.softmax(-1).to(v.dtype) @ v).transpose(1, 2).flatten(2)
 
 
 class BiasedAttention(torch.autograd.Function):
-    """Saves qkv and the dropout mask; weights are computed anew in the backward pass."""
+    """Saves qkv and a seed; weights, and what is dropped of them, are computed anew in the backward pass."""
 
     @staticmethod
     def forward(
         ctx: Any, qkv: Tensor, slope: Tensor | None, distance: Tensor | None, padding: Tensor | None, dropout: float
     ) -> Tensor:
         n, t, _, heads, width = qkv.shape
-        kept = None
-        if dropout:
-            kept = torch.empty(n * heads, t, t, dtype=torch.bool, device=qkv.device).bernoulli_(1 - dropout)
+        seed = int(torch.randint(2**62, ())) if dropout else 0  # the host's generator: nothing waits for the device
         out = qkv.new_empty(n, t, heads, width)
         with torch.autocast(qkv.device.type, enabled=False):
             for rows in _pieces(qkv):
                 _, _, v = _heads_first(qkv[rows])
                 weights = _weights(qkv, rows, slope, distance, padding)
-                if kept is not None:
-                    weights.mul_(kept[_flat(rows, heads)]).div_(1 - dropout)
+                if dropout:
+                    weights.mul_(_kept(weights, dropout, seed + rows.start))
                 mixed = torch.bmm(weights.to(v.dtype), v).view(-1, heads, t, width)
                 out[rows].copy_(mixed.transpose(1, 2))
-        ctx.save_for_backward(qkv, slope, distance, padding, kept)
-        ctx.dropout = dropout
+        ctx.save_for_backward(qkv, slope, distance, padding)
+        ctx.dropout, ctx.seed = dropout, seed
         return out.flatten(2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, slope, distance, padding, kept = ctx.saved_tensors
+        qkv, slope, distance, padding = ctx.saved_tensors
         n, t, _, heads, width = qkv.shape
         scale = width**-0.5
         grad = grad.reshape(n, t, heads, width)
@@ -87,8 +86,8 @@ class BiasedAttention(torch.autograd.Function):
             weights = _weights(qkv, rows, slope, distance, padding)
             to_weights = torch.bmm(g, v.transpose(1, 2)).float()
             dropped = weights
-            if kept is not None:
-                factor = kept[_flat(rows, heads)] / (1 - ctx.dropout)
+            if ctx.dropout:
+                factor = _kept(weights, ctx.dropout, ctx.seed + rows.start)
                 dropped = weights * factor
                 to_weights.mul_(factor)
             to_v = torch.bmm(dropped.to(g.dtype).transpose(1, 2), g)
@@ -111,8 +110,10 @@ def _pieces(qkv: Tensor) -> list[slice]:
     return [slice(first, min(n, first + size)) for first in range(0, n, size)]
 
 
-def _flat(rows: slice, heads: int) -> slice:
-    return slice(rows.start * heads, rows.stop * heads)
+def _kept(weights: Tensor, dropout: float, seed: int) -> Tensor:
+    """What to multiply weights by: 0 with probability `dropout`, else what makes up for it."""
+    generator = torch.Generator(weights.device).manual_seed(seed)
+    return torch.empty_like(weights).bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)
 
 
 def _heads_first(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,5 +137,5 @@ def _weights(qkv: Tensor, rows: slice, slope: Tensor | None, distance: Tensor | 
     else:
         logits = (torch.bmm(q, k.transpose(1, 2)) * width**-0.5).float()
     if padding is not None:
-        logits.view(-1, heads, t, t).masked_fill_(padding[rows, None, None], -torch.inf)
+        logits.view(-1, heads, t, t).masked_fill_(padding[rows, None, None], LEAST)
     return torch.softmax(logits, -1, out=logits)

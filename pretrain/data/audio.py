@@ -21,6 +21,7 @@ from pretrain.data.recordings import AudioSource
 from pretrain.data.sources import DataError, Sample, read_or_replace
 
 _CROP_STREAM = 0x61756469
+_LONGEST = 17  # more than a broken one and all its stand-ins
 _SILENCE = 2.0**-15  # one step of 16 bits
 
 
@@ -31,7 +32,8 @@ class AudioDataset(torch.utils.data.Dataset):
     With `train`, asked for by (epoch, index, samples): a random window of `max_seconds`, or all of a shorter
     recording, is normalised to mean 0 and variance 1, and `samples` in a row are taken out of it at random. Without,
     by (epoch, index): the first `max_seconds`, normalised, whole. A recording that cannot be decoded, is shorter than
-    its header says, holds not-a-number or infinity, or is silent, is replaced by another one that is long enough.
+    its header says, holds not-a-number or infinity, or is silent, is replaced by another one that is long enough, or,
+    should too few be, by one of the longest, repeated.
 
     Raises `DataError` if no recording is long enough.
     """
@@ -101,7 +103,8 @@ class AudioDataset(torch.utils.data.Dataset):
             samples = key[-1]
             if not 1 <= samples <= self.lengths[index]:
                 raise ValueError(f"{samples} samples of recording {index}, which has {self.lengths[index]}")
-            others = others[np.searchsorted(self.lengths, samples, sorter=others) :]
+            long_enough = int(np.searchsorted(self.lengths, samples, sorter=others))
+            others = others[min(long_enough, max(0, len(others) - _LONGEST)) :]
 
         def read(chosen: int) -> torch.Tensor:
             return self._waveform(chosen, samples, np.random.default_rng([_CROP_STREAM, self.seed, epoch, index]))
@@ -120,14 +123,16 @@ class AudioDataset(torch.utils.data.Dataset):
             raise DataError(
                 f"truncated: {start + len(window)} samples at 16 kHz, not the {start + count} it should have"
             )
-        if not np.isfinite(window).all():
-            raise DataError("its samples are not all finite")
         if np.ptp(window) < _SILENCE:
             raise DataError("silent" if count == self.source.lengths[number] else f"silent from sample {start} on")
         waveform = F.layer_norm(torch.from_numpy(window), (count,), eps=1e-5)
+        if not waveform.isfinite().all():
+            raise DataError("its samples are not all finite, or too large")
         if samples is None:
             return waveform
-        first = int(rng.integers(count - samples + 1))
+        if samples > count:  # a stand-in
+            waveform = waveform.repeat(-(-samples // count))
+        first = int(rng.integers(len(waveform) - samples + 1))
         return waveform[first : first + samples].clone()  # alone, without the window that it is part of
 
 

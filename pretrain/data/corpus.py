@@ -34,6 +34,7 @@ from pretrain.data.documents import EMPTY, Documents, TextReader, find_text
 from pretrain.data.encode import encode
 from pretrain.data.sources import DataError
 from pretrain.data.tokenizer import Tokenizer, open_tokenizer
+from pretrain.files import write_atomically
 from pretrain.progress import Progress
 
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -228,8 +229,8 @@ def build_corpus(
     reader, which knows what was left out; raises `DataError` in one line. `progress` labels a progress line.
     """
     out = Path(out)
-    _refuse_existing(out, ("bin", "idx", "json"))
     opened = open_tokenizer(tokenizer)
+    _refuse_existing(out, ("bin", "idx", "json"), opened)
     reader = TextReader(find_text(paths), documents)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
@@ -241,15 +242,23 @@ def build_corpus(
             raise DataError(f"no documents in {len(reader.files)} file(s){left_out}")
         sources = [file.name for file in reader.files]
         _write_meta(scratch, opened, **found, skipped=dict(reader.skipped), sources=sources)
-        for file in sorted(Path(folder).iterdir(), key=lambda file: file.suffix == ".json"):  # the meta file last
+        meta = f"{out.name}.json"  # comes last: it vouches for the others
+        for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == meta):
             file.replace(out.parent / file.name)
     return reader
 
 
-def _refuse_existing(prefix: Path, endings: Iterable[str]) -> None:
+def _refuse_existing(prefix: Path, endings: Iterable[str], tokenizer: Tokenizer) -> None:
     for ending in endings:
         if os.path.exists(f"{prefix}.{ending}"):
             raise DataError(f"{prefix}.{ending} exists already: remove it or choose another name")
+    copy = _tokenizer_copy(prefix, tokenizer)
+    if copy.exists() and hashlib.sha256(copy.read_bytes()).hexdigest() != tokenizer.fingerprint:
+        raise DataError(f"{copy} exists already and is another tokenizer: remove it or choose another name")
+
+
+def _tokenizer_copy(prefix: Path, tokenizer: Tokenizer) -> Path:
+    return prefix.with_name(prefix.name + (".tokenizer.json" if tokenizer.path.suffix == ".json" else ".model"))
 
 
 def _write_ids(prefix: Path, reader: TextReader, tokenizer: Tokenizer, workers: int, bar: Progress) -> dict[str, int]:
@@ -296,14 +305,12 @@ def _builder(path: str, vocabulary: int) -> Any:
 
 def _write_meta(prefix: Path, tokenizer: Tokenizer, **found: Any) -> None:
     """Copy the tokenizer beside the corpus, and write PREFIX.json."""
-    copy = prefix.with_name(prefix.name + (".tokenizer.json" if tokenizer.path.suffix == ".json" else ".model"))
+    copy = _tokenizer_copy(prefix, tokenizer)
     if not (copy.exists() and copy.samefile(tokenizer.path)):
         shutil.copyfile(tokenizer.path, copy)
     special = {name: getattr(tokenizer, name) for name in ("vocabulary", "bos", "pad", "eos", "unk")}
     meta = CorpusMeta(tokenizer=copy.name, fingerprint=tokenizer.fingerprint, **special, **found)
-    partial = prefix.with_name(f".{prefix.name}.json.{os.getpid()}")
-    partial.write_text(json.dumps(asdict(meta), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(f"{prefix}.json")
+    write_atomically(f"{prefix}.json", json.dumps(asdict(meta), indent=1, ensure_ascii=False) + "\n")
 
 
 def adopt_corpus(prefix: str | Path, tokenizer: str | Path, progress: str = "") -> str:
@@ -312,8 +319,8 @@ def adopt_corpus(prefix: str | Path, tokenizer: str | Path, progress: str = "") 
     Returns a warning, empty if there is none. Raises `DataError` if an id is outside the tokenizer's vocabulary.
     """
     prefix = str(prefix).removesuffix(".idx").removesuffix(".bin")
-    _refuse_existing(Path(prefix), ("json",))
     opened = open_tokenizer(tokenizer)
+    _refuse_existing(Path(prefix), ("json",), opened)
     ids, index = _map_ids(prefix)
     parts = np.split(ids, range(1 << 22, len(ids), 1 << 22))
     with Progress(progress, len(ids)) as bar:

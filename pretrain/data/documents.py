@@ -141,9 +141,11 @@ class TextReader:
             return Piece(text, last, where)
 
         where = name  # there may be no line at all
+        spoilt = 0  # the number of the line whose rest is left out
         for number, data, whole, ended in self._chunks(file):
             where = name if one_line else f"{name} line {number}"
-            text = self._decode(data, where)
+            text = None if number == spoilt else self._decode(data, where)
+            spoilt = number if text is None else 0
             if documents == "blank" and whole and text is not None and not text.strip():
                 if parts or begun:
                     yield piece(last=True)
@@ -166,7 +168,7 @@ class TextReader:
             ended = data.endswith(b"\n") or len(data) < self.piece
             if number == 1 and whole:
                 data = data.removeprefix(b"\xef\xbb\xbf")
-            if len(data) >= self.piece and not ended:
+            if not ended:
                 cut = _cut(data)
                 data, rest = data[:cut], data[cut:]
             yield number, data, whole and ended, ended

@@ -111,6 +111,14 @@ def fetch(name: str) -> Path:
     if not (shutil.which("apt-get") and shutil.which("dpkg")):
         raise DataError(f"fetching {name} needs apt-get and dpkg, which are not here; {known.by_hand}")
     print(f"fetching {name} (Debian: {', '.join(known.packages)}) into {target}", flush=True)
+    try:
+        return _fetch(name, target)
+    except OSError as error:
+        raise DataError(f"cannot write {error.filename or target}: {error.strerror}; {known.by_hand}") from error
+
+
+def _fetch(name: str, target: Path) -> Path:
+    known = KNOWN[name]
     target.parent.mkdir(parents=True, exist_ok=True)
     lock = (target.parent / f".{name}.lock").open("w")
     fcntl.flock(lock, fcntl.LOCK_EX)  # other ranks wait here, and find it done

@@ -20,7 +20,7 @@ from pretrain.data.image import ImageDataset
 from pretrain.data.packs import PackSampler
 from pretrain.data.recordings import open_audio
 from pretrain.data.sampler import StreamSampler
-from pretrain.data.sources import DataError, Sample, open_images
+from pretrain.data.sources import DataError, Sample, in_one_line, open_images
 from pretrain.data.text import TextDataset
 from pretrain.parallel import World
 from pretrain.runtime import STOP_SIGNALS
@@ -42,7 +42,7 @@ class Dataset(Protocol):
     def __getitem__(self, key: Any) -> Sample: ...
 
 
-def open_image_data(config: Config, path: str) -> ImageDataset:
+def open_image_data(config: Config, path: str, progress: bool) -> ImageDataset:
     data, image = config.data, config.model.image
     return ImageDataset(
         open_images(path, data.split),
@@ -56,13 +56,13 @@ def open_image_data(config: Config, path: str) -> ImageDataset:
     )
 
 
-def open_audio_data(config: Config, path: str) -> AudioDataset:
+def open_audio_data(config: Config, path: str, progress: bool) -> AudioDataset:
     seconds = config.data.audio.min_seconds, config.model.audio.seconds
-    source = open_audio(path, config.data.split)
+    source = open_audio(path, config.data.split, progress=progress)
     return AudioDataset(source, seed=config.train.seed, min_seconds=seconds[0], max_seconds=seconds[1])
 
 
-def open_text_data(config: Config, path: str) -> TextDataset:
+def open_text_data(config: Config, path: str, progress: bool) -> TextDataset:
     corpus, text = open_corpus(path, config.data.split), config.model.text
     if corpus.meta.vocabulary != text.vocabulary or corpus.meta.pad != text.pad:
         raise DataError(
@@ -73,18 +73,18 @@ def open_text_data(config: Config, path: str) -> TextDataset:
     return TextDataset(corpus, tokens=text.tokens)
 
 
-OPENERS: dict[str, Callable[[Config, str], Dataset]] = {
+OPENERS: dict[str, Callable[[Config, str, bool], Dataset]] = {
     "image": open_image_data,
     "audio": open_audio_data,
     "text": open_text_data,
 }
 
 
-def build_dataset(config: Config) -> Dataset:
-    """The training samples of the config's modality; raises DataError with one clear line."""
+def build_dataset(config: Config, progress: bool = True) -> Dataset:
+    """The training samples of the config's modality; raises DataError with one clear line. `progress`: shows it."""
     if not config.data.path:
         raise DataError("data.path is not given: where do the samples lie? (a path, or fetch:NAME)")
-    return OPENERS[config.model.modality](config, resolve(config.data.path))
+    return OPENERS[config.model.modality](config, resolve(config.data.path), progress)
 
 
 def build_sampler(dataset: Dataset, config: Config, plan: BatchPlan, rank: int, first_batch: int) -> Any:
@@ -114,8 +114,8 @@ def build_loader(
     batches: Iterator[Batch] = iter(loader)
     try:
         yield from batches
-    except DataError as error:  # a worker's comes with its traceback as text, the message last
-        raise DataError(str(error).strip().splitlines()[-1].rpartition("DataError: ")[2]) from None
+    except DataError as error:
+        raise in_one_line(error) from None
     finally:
         if config.data.workers:  # which ignore the SIGTERM that would end them at the interpreter's exit
             batches._shutdown_workers()  # type: ignore[attr-defined]

@@ -14,7 +14,6 @@ import math
 import os
 import re
 import sys
-import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +28,7 @@ from numpy.typing import NDArray
 from models.config import RATE
 from pretrain.data.fetch import cache_folder
 from pretrain.data.sources import HELD_OUT, DataError, FolderLabels, Names, listing, split_folder, split_names, walk
+from pretrain.files import write_atomically
 from pretrain.progress import Progress
 
 _EXTENSIONS = (".wav", ".flac", ".ogg", ".opus", ".mp3")
@@ -39,6 +39,7 @@ _MP3_PREROLL = 16_384
 # Vorbis: a seek into the last page, of 255 blocks of 1024 samples at most, misses by what that page was cut short.
 _VORBIS_PAGE = 1 << 18
 _THREADS, _CHUNK = 16, 64
+_MOST_FRAMES = 1 << 48  # times a rate still is an int64
 _LONG_SCAN = 1000  # files
 _PROBES = 32
 _STDERR = threading.Lock()
@@ -181,7 +182,7 @@ def write_manifest(folder: str, out: str, *, progress: bool = True) -> AudioSour
     source = AudioSource(root, clips, skipped)
     lines = [root, *(f"{clip.name}\t{clip.frames}" for clip in clips)]
     try:
-        _replace(out, os.fsencode("".join(f"{line}\n" for line in lines)))
+        write_atomically(out, os.fsencode("".join(f"{line}\n" for line in lines)))
     except OSError as error:
         raise DataError(f"cannot write {out}: {error.strerror}") from error
     return source
@@ -248,7 +249,7 @@ def _read_manifest(path: str) -> tuple[str, list[str], list[int]]:
             names, frames = [], []
             for number, line in enumerate(file, start=2):
                 name, tab, count = os.fsdecode(line).rstrip("\r\n").partition("\t")
-                if not (name and tab and re.fullmatch("[0-9]{1,15}", count)):
+                if not (name and tab and re.fullmatch("[0-9]{1,15}", count) and int(count) < _MOST_FRAMES):
                     shown = _shown(os.fsdecode(line).rstrip("\r\n"))
                     raise DataError(f"{path}, line {number}: {shown} should be a path, a tab and the number of frames")
                 names.append(name)
@@ -299,7 +300,7 @@ def _scan(folder: str, names: Sequence[str], key: str, progress: bool) -> list[_
         fresh = dict(zip(names, headers, strict=True))
         if fresh != known:
             with contextlib.suppress(OSError):
-                _replace(str(cache), json.dumps(fresh).encode())
+                write_atomically(str(cache), json.dumps(fresh).encode())
     return headers
 
 
@@ -321,7 +322,7 @@ def _examine(path: str, known: _Header | None = None) -> _Header:
     except Exception as error:  # a reason to skip the file, whatever it is
         reason = getattr(error, "error_string", None) or str(error) or type(error).__name__
         return _Header(*mark, 0, 0, " ".join(str(reason).split()))
-    if not 0 < frames < 1 << 48:
+    if not 0 < frames < _MOST_FRAMES:
         return _Header(*mark, 0, 0, "no samples" if frames < 1 else "its header does not say how long it is")
     return _Header(*mark, frames, rate, "")
 
@@ -363,17 +364,6 @@ def _load(cache: str) -> dict[str, _Header]:
         return {}  # none yet, or damaged
     numbers = itertools.chain.from_iterable(header[:4] for header in headers.values())
     return headers if all(type(number) is int for number in numbers) else {}
-
-
-def _replace(path: str, content: bytes) -> None:
-    handle, scratch = tempfile.mkstemp(dir=os.path.dirname(os.path.abspath(path)), prefix=".", suffix=".part")
-    try:
-        with open(handle, "wb") as file:
-            file.write(content)
-        os.replace(scratch, path)
-    except BaseException:
-        os.unlink(scratch)
-        raise
 
 
 def _main(arguments: list[str]) -> None:

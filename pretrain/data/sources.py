@@ -286,13 +286,19 @@ def read_or_replace(
         chosen = index
         if attempt:
             sequence = np.random.SeedSequence([_REPLACEMENT_STREAM, seed, index, attempt])
-            chosen = int(instead[int(sequence.generate_state(1, np.uint64)[0]) % len(instead)])
+            place = int(sequence.generate_state(1, np.uint64)[0]) % len(instead)
+            chosen = int(instead[place] if instead[place] != index else instead[(place + 1) % len(instead)])
         try:
             return read(chosen), tuple(failures)
         except Exception as error:  # decoders raise almost anything, even SyntaxError
             reason = " ".join(str(error).split()) or type(error).__name__
             failures.append(f"{name(chosen)}: {reason}")
     raise DataError(f"{_ATTEMPTS} {kind} in a row could not be decoded, the last is {failures[-1]}")
+
+
+def in_one_line(error: DataError) -> DataError:
+    """Without the traceback that a loader's worker puts before the message."""
+    return DataError(re.sub(r"^[\w.]*DataError: ", "", str(error).strip().splitlines()[-1]))
 
 
 def _open(file: str | BinaryIO) -> Image.Image:

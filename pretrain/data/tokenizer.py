@@ -11,7 +11,6 @@ import argparse
 import hashlib
 import io
 import json
-import os
 import re
 import signal
 import sys
@@ -26,6 +25,7 @@ import tokenizers
 
 from pretrain.data.documents import TextReader, find_text
 from pretrain.data.sources import DataError
+from pretrain.files import write_atomically
 from pretrain.progress import Progress
 
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")  # ids 0 to 3: bos, pad, eos, unk
@@ -149,6 +149,11 @@ def train_tokenizer(
     random. Returns the reader, which knows what was left out; raises `DataError` in one line, also for a
     `vocabulary` that the text is too small or too rich for. `progress` labels a progress line.
     """
+    if vocabulary < 1 or not 0 < character_coverage <= 1 or sentences <= 100:
+        raise DataError(
+            f"a vocabulary of {vocabulary}, a character coverage of {character_coverage} and {sentences} sentences: "
+            "give 1 id or more, a coverage above 0 up to 1, and more than 100 sentences"
+        )
     reader = TextReader(find_text(paths), piece=_SENTENCE)
     failures: list[BaseException] = []
 
@@ -183,7 +188,8 @@ def train_tokenizer(
         if failures:
             raise failures[0] from None
         raise DataError(_training_problem(str(error), vocabulary, reader)) from error
-    _write(Path(out), model.getvalue())
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, model.getvalue())
     return reader
 
 
@@ -217,7 +223,8 @@ def roberta_tokenizer(encoder_json: Path, vocab_bpe: Path, dict_txt: Path, out: 
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
     tokenizer.decoder = tokenizers.decoders.ByteLevel()  # type: ignore[assignment]
     tokenizer.add_special_tokens([*SPECIALS, _MASK])
-    _write(out, tokenizer.to_str().encode())
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, tokenizer.to_str())
 
 
 def published_order(encoder_json: Path, dict_txt: Path) -> list[str]:
@@ -265,16 +272,6 @@ def _read(path: Path) -> str:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8") from error
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

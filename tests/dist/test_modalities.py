@@ -83,7 +83,7 @@ def test_layer_drop_is_the_same_on_all_ranks_and_dropout_is_not(tmp_path: Path, 
     assert seen[0]["draw"] != seen[1]["draw"]
 
 
-@pytest.mark.parametrize(("modality", "stage", "precision"), [("audio", 0, "fp32"), ("text", 2, "bf16")])
+@pytest.mark.parametrize(("modality", "stage", "precision"), [("audio", 0, "fp32"), ("audio", 1, "bf16"), ("text", 2, "bf16")])
 def test_stopped_and_continued(tmp_path: Path, data: dict[str, str], modality: str, stage: int, precision: str) -> None:
     """With every dropout on: bit for bit the run that was never stopped, past the end of an epoch."""
     common = [TINY[modality], f"data.path={data[modality]}", f"train.precision={precision}", "train.steps=24"]

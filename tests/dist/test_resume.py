@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -106,6 +107,8 @@ def test_signal_to_one_of_two_ranks(tmp_path: Path) -> None:
     assert "saved after step" in out, err
     run("pretrain", *args(folder, 1), ranks=2)
     assert_identical(folder, expected)
+    for line in map(json.loads, (folder / "speed.jsonl").read_text().splitlines()):  # also the first after the stop
+        assert line["images_per_s"] * line["seconds_per_step"] == pytest.approx(8), line
 
 
 def test_checkpoints_kept(tmp_path: Path) -> None:

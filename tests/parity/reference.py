@@ -1,4 +1,4 @@
-"""The reference's vocabulary in ours: configuration keys and parameter names of its image models."""
+"""The reference's vocabulary in ours: configuration keys and parameter names."""
 
 from __future__ import annotations
 

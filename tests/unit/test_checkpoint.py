@@ -1,11 +1,12 @@
 """Which checkpoints stay, and what of the metrics a resumed run keeps."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from pretrain.checkpoint import CheckpointError, latest, prune
-from pretrain.config import RunConfig
+from pretrain.checkpoint import CheckpointError, differences, latest, prune
+from pretrain.config import RunConfig, load
 from pretrain.metrics import _reopen
 
 
@@ -52,3 +53,12 @@ def test_metrics_after_the_checkpoint_are_dropped(tmp_path, torn):
     path.write_bytes(b"".join(lines) + torn)
     _reopen(path, step=9).close()
     assert path.read_bytes() == b"".join(lines)
+
+
+@pytest.mark.parametrize(("preset", "free"), [("image_base", True), ("text_base", True), ("audio_base", False)])
+def test_of_speech_the_micro_batch_belongs_to_the_experiment(preset, free):
+    """It decides which clips meet, and with that where the stream is."""
+    path = Path(__file__).parents[2] / f"configs/pretrain/{preset}.yaml"
+    old = load(path, ["train.micro_batch=1000000"] if not free else ["train.micro_batch=8"])
+    new = load(path, ["train.micro_batch=500000"] if not free else ["train.micro_batch=4"])
+    assert [text.split(":")[0] for text in differences(old, new)] == ([] if free else ["train.micro_batch"])

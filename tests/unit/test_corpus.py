@@ -8,6 +8,7 @@ import lzma
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -191,6 +192,26 @@ def test_long_lines_come_in_bounded_pieces_and_lose_nothing(tmp_path, kind, unit
     assert not TextReader([tmp_path / "t.txt"], kind, piece=64).skipped
 
 
+@pytest.mark.parametrize("unit", ["word another ", "é", "x"])
+def test_a_byte_order_mark_does_not_hinder_long_lines(tmp_path, unit):
+    (tmp_path / "t.txt").write_bytes(b"\xef\xbb\xbf" + (unit * 400).encode())
+    reader = TextReader([tmp_path / "t.txt"], piece=64)
+    pieces = list(reader)
+    assert "".join(piece.text for piece in pieces).replace(" ", "") == (unit * 400).replace(" ", "")
+    assert max(len(piece.text.encode()) for piece in pieces) <= 64 and not reader.skipped
+    if " " in unit:
+        assert all(piece.text.strip().split()[0] in ("word", "another") for piece in pieces)
+
+
+def test_of_a_long_line_that_is_not_utf8_the_rest_is_left_out_and_it_counts_once(tmp_path):
+    spoilt = b"a" * 100 + b"\xff" + b"b" * 100 + b"\xff" + b"c" * 300
+    (tmp_path / "t.txt").write_bytes(b"before\n" + spoilt + b"\nafter\n")
+    reader = TextReader([tmp_path / "t.txt"], piece=64)
+    text = "".join(piece.text for piece in reader)
+    assert reader.skipped == {documents.NOT_UTF8: 1}
+    assert text.startswith("beforea") and text.endswith("after") and "b" not in text[6:] and "c" not in text
+
+
 def test_lines_that_are_not_utf8_are_left_out_and_named(tmp_path, model):
     (tmp_path / "t.txt").write_bytes(b"the sea\nbad \xff\xfe\nthe\0 ship\n\xed\xa0\x80\nthe whale\n\n")
     reader = build_corpus([tmp_path / "t.txt"], model, tmp_path / "c")
@@ -264,6 +285,21 @@ def test_an_existing_corpus_is_not_overwritten(built, model):
     with pytest.raises(DataError, match=r"c\.bin exists already"):
         build_corpus([built.parent / "t.txt"], model, built)
     assert {p: p.read_bytes() for p in built.parent.iterdir()} == before
+
+
+def test_another_tokenizer_is_not_overwritten(built, model, tmp_path):
+    folder = tmp_path / "other"
+    other = folder / "c.model"
+    train_tokenizer([built.parent / "t.txt"], other, vocabulary=310)
+    before = other.read_bytes()
+    with pytest.raises(DataError, match=r"c\.model exists already and is another tokenizer"):
+        build_corpus([built.parent / "t.txt"], model, folder / "c")
+    for ending in ("bin", "idx"):
+        shutil.copy(f"{built}.{ending}", folder / f"c.{ending}")
+    with pytest.raises(DataError, match=r"c\.model exists already and is another tokenizer"):
+        adopt_corpus(folder / "c", model)
+    assert other.read_bytes() == before
+    assert sorted(path.name for path in folder.iterdir()) == ["c.bin", "c.idx", "c.model"]
 
 
 def swap(path, start, content):

@@ -110,6 +110,13 @@ def test_without_apt_the_message_says_what_to_do(monkeypatch, tmp_path, name, hi
     assert "data.path" in str(caught.value) and "apt-get" in str(caught.value)
 
 
+def test_a_cache_that_cannot_be_written_is_one_line(machine, monkeypatch, tmp_path):
+    known(monkeypatch)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DATA2VEC_CACHE", str(tmp_path / "file" / "below"))
+    failure("cannot write", str(tmp_path / "file"), "bring your own")
+
+
 def test_unknown_names(monkeypatch):
     with pytest.raises(DataError, match=r"fasion.*fashion_mnist.*fillets"):
         fetch("fasion")

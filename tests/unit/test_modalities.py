@@ -23,7 +23,7 @@ from models.config import (
     problems,
 )
 from models.data2vec import Batch, Data2Vec
-from models.fused.attention import Bias, attention, plain_attention
+from models.fused.attention import LOGITS, Bias, attention, plain_attention
 from models.masks import draw_block_masks, row_keys
 
 AUDIO = ModelConfig(
@@ -78,9 +78,16 @@ def qkv_and_bias(padded: bool, shared: bool) -> tuple[Tensor, Tensor, Tensor, Te
     return qkv, slope, (ids[:, :, None] - ids[:, None]).abs(), padding
 
 
+PIECES = pytest.mark.parametrize("logits", [1, 400, 2**20])  # one row at a time, two, all
+
+
+@PIECES
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
-def test_fused_attention_is_its_plain_twin(padded: bool, shared: bool) -> None:
+def test_fused_attention_is_its_plain_twin(
+    monkeypatch: pytest.MonkeyPatch, padded: bool, shared: bool, logits: int
+) -> None:
+    monkeypatch.setitem(LOGITS, "cpu", logits)
     qkv, slope, distance, padding = qkv_and_bias(padded, shared)
     grad = torch.randn(5, 7, 32)
     results = []
@@ -99,12 +106,22 @@ def test_padding_alone_is_a_bias_too() -> None:
 
 
 def test_fused_attention_in_low_precision_keeps_the_bias_exact() -> None:
-    """A bias of -40.3 rounded to bf16 would be 0.05 off; weights must follow the fp32 one."""
-    qkv, _, distance, _ = qkv_and_bias(False, False)
-    slope = torch.tensor([-3.1, -2.3, -0.7, -0.013])
-    exact = plain_attention(qkv.double(), Bias(slope.double(), distance.double()))
-    ours = attention(qkv.bfloat16(), Bias(slope, distance))
-    assert (ours.double() - exact).abs().max() < 0.03
+    """Weights that depend on the bias alone: rounded to bf16, -40.3 would be -40.25 and they 5 % off."""
+    qkv = torch.zeros(1, 2, 3, 1, 2, dtype=torch.bfloat16)
+    qkv[0, 0, 2] = 1  # the output is the first key's weight
+    distance = torch.tensor([[[40.3, 40.0], [40.0, 40.3]]])
+    ours = attention(qkv, Bias(torch.tensor([-1.0]), distance))[0, :, 0]
+    exact = torch.sigmoid(torch.tensor([-0.3, 0.3]))
+    assert (ours.float() - exact).abs().max() < 2**-9  # bf16 of the weight itself
+
+
+def test_a_row_that_sees_only_padding_stays_finite() -> None:
+    qkv, slope, distance, _ = qkv_and_bias(False, False)
+    padding = torch.zeros(5, 7, dtype=torch.bool)
+    padding[2] = True
+    out = attention(qkv, Bias(slope, distance, padding))
+    out.square().sum().backward()
+    assert out.isfinite().all() and qkv.grad.isfinite().all() and slope.grad.isfinite().all()
 
 
 def test_attention_dropout_has_the_share_and_the_scale() -> None:
@@ -118,16 +135,16 @@ def test_attention_dropout_has_the_share_and_the_scale() -> None:
     assert abs(float(kept.mean()) / t - 0.8) < 4 * (0.16 / (n * t * t * 2)) ** 0.5
 
 
-def test_attention_dropout_has_the_gradient_of_what_it_computed() -> None:
+@PIECES
+def test_attention_dropout_has_the_gradient_of_what_it_computed(monkeypatch: pytest.MonkeyPatch, logits: int) -> None:
+    monkeypatch.setitem(LOGITS, "cpu", logits)
     qkv, slope, distance, padding = qkv_and_bias(True, False)
     qkv, slope = qkv.detach().double().requires_grad_(), slope.detach().double().requires_grad_()
 
     def seeded(qkv: Tensor, slope: Tensor) -> Tensor:
         torch.manual_seed(9)
-        weights_of = attention(qkv, Bias(slope, distance, padding), 0.3)
-        return weights_of
+        return attention(qkv, Bias(slope, distance, padding), 0.3)
 
-    torch.manual_seed(9)
     out = seeded(qkv, slope)
     direction = torch.randn_like(qkv)
     (to_qkv, to_slope) = torch.autograd.grad(out.square().sum(), (qkv, slope))
@@ -210,34 +227,66 @@ def test_targets_come_from_the_students_features(config: ModelConfig) -> None:
     torch.testing.assert_close(net.targets(torch.zeros_like(given.inputs), features), once, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("config", "field", "place"),
-    [
-        (AUDIO, "residual", "student.blocks.0.attn_dropout"),
-        (AUDIO, "mlp", "student.blocks.2.mlp_dropout"),
-        (AUDIO, "mlp", "student.prenet.0.mlp_dropout"),
-        (AUDIO, "prenet", "student.context_dropout"),
-        (AUDIO, "decoder", "decoder_dropout"),
-        (TEXT, "embedding", "student.local.dropout"),
-    ],
-)
-def test_dropout_acts_where_it_belongs(config: ModelConfig, field: str, place: str) -> None:
+@dataclasses.dataclass
+class Place:
+    """A dropout module of the student, or the decoder's: what its input is, and what becomes of its output."""
+
+    dropout: str
+    after: str  # the module whose output it takes
+    then: str  # the module that takes its output
+    plus: str = ""  # the module whose input is added on the way
+
+
+PLACES = {
+    "residual": (AUDIO, Place("blocks.1.attn_dropout", "blocks.1.attn", "blocks.1.norm1", "blocks.1.attn")),
+    "mlp": (AUDIO, Place("blocks.2.mlp_dropout", "blocks.2.mlp", "blocks.2.norm2", "blocks.2.mlp")),
+    "prenet": (AUDIO, Place("context_dropout", "context_norm", "prenet.0")),
+    "embedding": (TEXT, Place("local.dropout", "local.norm", "positions")),
+    "decoder": (TEXT, Place("decoder_dropout", "", "decoder")),
+}
+
+
+@pytest.mark.parametrize("field", PLACES)
+def test_dropout_acts_where_it_belongs(field: str) -> None:
+    config, place = PLACES[field]
+    config = dataclasses.replace(config, mask=dataclasses.replace(config.mask, noise_std=0.0))
     net = model(dataclasses.replace(config, dropout=DropoutConfig(**{field: 0.25})))
-    seen = {}
+    entered, left = {}, {}
 
-    def keep(module: torch.nn.Module, args: tuple[Tensor], output: Tensor) -> None:
-        seen[place] = (args[0].detach(), output.detach())
+    def keep(name: str) -> None:
+        def hook(module: torch.nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+            entered[name], left[name] = args[0].detach(), output.detach() if isinstance(output, Tensor) else output
 
-    net.get_submodule(place).register_forward_hook(keep)
+        net.get_submodule(name if name.startswith("decoder") else f"student.{name}".rstrip(".")).register_forward_hook(
+            hook
+        )
+
+    for name in {place.dropout, place.after, place.then, place.plus}:
+        keep(name)
     given = batch(config)
     net(given)
-    before, after = seen[place]
+    before, after = entered[place.dropout], left[place.dropout]
+    assert torch.equal(before, left[place.after])
     zeros = (after == 0) & (before != 0)
     assert float(zeros.float().mean()) == pytest.approx(0.25, abs=0.03)
     torch.testing.assert_close(after[~zeros], before[~zeros] / 0.75)
+    if place.plus:
+        after = after + entered[place.plus]
+    taken = entered[place.then]
+    if field == "decoder":
+        taken = taken[torch.arange(len(taken))[:, None], given.ids_keep]
+    assert torch.equal(taken, after)
     net.eval()
     net(given)
-    assert torch.equal(*seen[place])
+    assert torch.equal(entered[place.dropout], left[place.dropout])
+
+
+def test_attentions_dropout_is_the_configs() -> None:
+    net, x = model(dataclasses.replace(AUDIO, dropout=DropoutConfig(attention=0.5))), torch.randn(2, 9, 32)
+    block = net.student.blocks[0]
+    assert not torch.equal(block(x)[0], block(x)[0])
+    block.eval()
+    assert torch.equal(block(x)[0], block(x)[0])
 
 
 def test_the_mlps_target_is_taken_before_its_dropout() -> None:
@@ -319,6 +368,7 @@ def test_initialisation_of_the_new_parts() -> None:
     [
         ({"modality": "video"}, "know image, audio, text"),
         ({"extra_tokens": 1}, "extra_tokens are for images"),
+        ({"modality": "text"}, "text has no prenet"),
         ({"dropout": DropoutConfig(layer=1.0)}, "dropout.layer=1.0 must lie in"),
         ({"audio": AudioConfig(position_kernel=4)}, "position_kernel=4 must be odd"),
         ({"audio": AudioConfig(kernels=(3,))}, "1 kernels for 7 strides"),

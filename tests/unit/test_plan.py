@@ -10,12 +10,24 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.config import DecoderConfig, ImageConfig, ModelConfig, TargetConfig
+from models import encoder
+from models.config import (
+    AudioConfig,
+    DecoderConfig,
+    DropoutConfig,
+    ImageConfig,
+    LossConfig,
+    MaskConfig,
+    ModelConfig,
+    TargetConfig,
+    TextConfig,
+)
 from models.data2vec import Batch, Data2Vec
 from models.fused import linear
+from models.fused.attention import plain_attention
 from models.masks import draw_block_masks, row_keys
 from pretrain.config import load
-from pretrain.plan import parameter_counts, useful_work
+from pretrain.plan import parameter_counts, saved_values, useful_work
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "pretrain"
 TINY = ModelConfig(
@@ -27,6 +39,22 @@ TINY = ModelConfig(
     image=ImageConfig(size=24, patch=4),
     decoder=DecoderConfig(width=32, groups=1, kernel=5, layers=2),
     targets=TargetConfig(top_k_layers=2),
+)
+AUDIO = dataclasses.replace(
+    TINY,
+    modality="audio",
+    extra_tokens=0,
+    audio=AudioConfig(seconds=0.5, channels=16, position_groups=1),
+    mask=MaskConfig(0.5, 0.05, 5, False),
+    loss=LossConfig(cls=0),
+)
+TEXT = dataclasses.replace(
+    AUDIO,
+    modality="text",
+    prenet_depth=0,
+    text=TextConfig(50, 24),
+    mask=MaskConfig(0.48, 0, 1, True),
+    decoder=DecoderConfig(32, 1, 9, 2, False, 2),
 )
 
 
@@ -40,11 +68,18 @@ def plain_linear(monkeypatch):
     monkeypatch.setattr(linear, "AVAILABLE", False)  # torch's counter knows its own operators only
 
 
+def random_batch(config, samples):
+    keys = row_keys(1, np.zeros(samples), np.arange(samples), config.num_masks)
+    shapes = {"image": (3, config.length, config.length)}
+    inputs = torch.randn(samples, *shapes.get(config.modality, (config.length,)))
+    if config.modality == "text":
+        inputs = torch.randint(4, config.text.vocabulary, inputs.shape)
+    return Batch(inputs, *draw_block_masks(config.mask, keys, config.grid_shape), tuple(range(samples)))
+
+
 def counted(config, samples=2):
     """(forward, forward and backward) operations of one sample, by looking at every matrix product that runs."""
-    keys = row_keys(1, np.zeros(samples), np.arange(samples), config.num_masks)
-    pixels = torch.randn(samples, 3, config.image.size, config.image.size)
-    batch = Batch(pixels, *draw_block_masks(config.mask, keys, config.grid_shape), tuple(range(samples)))
+    batch = random_batch(config, samples)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # fused attention would recompute
         out = Data2Vec(config)(batch)
         forward = counter.get_total_flops()
@@ -52,11 +87,37 @@ def counted(config, samples=2):
     return forward / samples, counter.get_total_flops() / samples
 
 
-@pytest.mark.parametrize("prenet", [0, 1])
-def test_work_is_what_runs(prenet):
+@pytest.mark.parametrize("config", [TINY, dataclasses.replace(TINY, prenet_depth=0), AUDIO, TEXT])
+def test_work_is_what_runs(config, monkeypatch):
     """Exactly: the counter knows matrix products and convolutions, and so does the plan."""
-    config = dataclasses.replace(TINY, prenet_depth=prenet)
+    monkeypatch.setattr(encoder, "attention", lambda qkv, bias, dropout: plain_attention(qkv, bias))
     assert useful_work(config).total == counted(config)[1]
+
+
+@pytest.mark.parametrize(
+    "preset", ["image_base", "image_large", "audio_base", "audio_large", "text_base", "text_large"]
+)
+def test_activations_are_what_autograd_keeps(preset):
+    """A quarter of the width and fewer blocks, the rest as published; one element of every storage kept counts."""
+    config = load(CONFIGS / f"{preset}.yaml", ["model.audio.seconds=2", "model.audio.channels=128"]).model
+    decoder = dataclasses.replace(config.decoder, width=config.decoder.width // 4)
+    small = {"width": config.width // 4, "heads": 4, "depth": 4, "num_masks": 2, "decoder": decoder}
+    targets = dataclasses.replace(config.targets, top_k_layers=2)
+    config = dataclasses.replace(config, **small, targets=targets, dropout=DropoutConfig())
+    net, storages = Data2Vec(config), {}
+    weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    kept = []  # as autograd would, so that no address is used twice
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            storages[storage.data_ptr()] = storage.nbytes()
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        net(random_batch(config, 1))
+    assert 4 * saved_values(config) == pytest.approx(sum(storages.values()), rel=0.1)
 
 
 def test_forward_work_of_grouped_convolutions():

@@ -212,7 +212,7 @@ def test_data_that_cannot_judge(tmp_path: Path) -> None:
     write_images(tmp_path / "plain", 3)
     write_images(tmp_path / "classes/a", 3)
     write_images(tmp_path / "classes/b", 3)
-    for name, words in (("plain", "have no labels"), ("classes", "has no test split")):
+    for name, words in (("plain", "have no labels"), ("classes", "are training images too")):
         with pytest.raises(NoProbe, match=words):
             labelled_data(tiny(path=str(tmp_path / name)))
 

@@ -224,6 +224,14 @@ def test_text_that_a_vocabulary_cannot_be_had_from(tmp_path, capsys, kind, conte
     assert list(tmp_path.iterdir()) == [tmp_path / "t.txt"]
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"vocabulary": 0}, {"character_coverage": 3}, {"character_coverage": 0}, {"sentences": 100}]
+)
+def test_numbers_that_no_training_takes(tmp_path, text, wrong):
+    with pytest.raises(DataError, match=r"^a vocabulary of [^\n]*: give 1 id or more"):
+        train_tokenizer([text], tmp_path / "x.model", **({"vocabulary": 360} | wrong))
+
+
 def test_a_failing_file_stops_training_with_its_own_line(tmp_path, text):
     (tmp_path / "t.txt.gz").write_bytes(gzip.compress(text.read_bytes())[:-30])
     with pytest.raises(DataError, match=r"^cannot read .*t\.txt\.gz: Compressed file ended"):
