@@ -116,11 +116,11 @@ def mean(states: Iterator[Tensor], lengths: Tensor | None, config: ModelConfig) 
 
 def plain(train: SentenceTexts, indices: Sequence[int]) -> Represent:
     """Words weighed by how rare they are in the training texts (TF-IDF), sparse, rows of length 1."""
-    words = TfidfVectorizer(token_pattern=r"\w+", dtype=np.float32)
+    words = TfidfVectorizer(dtype=np.float32)
     try:
         words.fit([train.texts[i] for i in indices])
     except ValueError as error:
-        raise NoProbe(f"no probe: no words in the training sentences ({error})") from None
+        raise NoProbe(f"no probe: no words of two letters or more in the training sentences ({error})") from None
     return lambda batch: words.transform([cast(Sentence, sample).text for sample in batch.samples])
 
 

@@ -1,4 +1,4 @@
-"""Run by test_modalities.py under two ranks: which blocks each micro-step runs, and what dropout would draw."""
+"""Run by test_modalities.py under two ranks: which blocks each micro-step runs, and what its dropout is seeded with."""
 
 from __future__ import annotations
 
@@ -22,11 +22,16 @@ if __name__ == "__main__":
     trainer = Trainer(config, world)
     batches = build_loader(build_dataset(config), config, trainer.plan, world, 0)
     steps: list[list[int]] = []
-    trainer.model.student.register_forward_pre_hook(lambda *_: steps.append([]))
+    seeds: list[int] = []
+
+    def begin(*_: object) -> None:
+        steps.append([])
+        seeds.append(torch.initial_seed())
+
+    trainer.model.student.register_forward_pre_hook(begin)
     for i, block in enumerate(trainer.model.student.blocks):
         block.register_forward_hook(lambda *_, i=i: steps[-1].append(i))
     for _ in range(4):
         trainer.step([next(batches) for _ in range(trainer.plan.accumulation)])
-    draw = torch.rand(4).tolist()  # of the generator that dropout uses, as the last micro-step has left it
-    (Path(out) / f"rank{world.rank}.json").write_text(json.dumps({"blocks": steps, "draw": draw}))
+    (Path(out) / f"rank{world.rank}.json").write_text(json.dumps({"blocks": steps, "seeds": seeds}))
     parallel.stop()

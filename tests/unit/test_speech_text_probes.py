@@ -219,11 +219,9 @@ def test_splits_that_share_samples_are_refused(tmp_path: Path, tones: Path, lang
 
 def test_sentences_without_words_have_no_baseline(language: Path) -> None:
     tokenizer = open_tokenizer(language / "t.model")
-    silent = SentenceTexts(Sentences(["!", "?"], np.array([0, 1]), ["n", "y"]), tokenizer, 24)
-    with pytest.raises(NoProbe, match="no words in the training sentences"):
+    silent = SentenceTexts(Sentences(["鯨", "a b!"], np.array([0, 1]), ["n", "y"]), tokenizer, 24)
+    with pytest.raises(NoProbe, match=r"no words .* in the training sentences"):
         TEXT.plain(silent, [0, 1])
-    one = SentenceTexts(Sentences(["鯨", "a b"], np.array([0, 1]), ["n", "y"]), tokenizer, 24)
-    TEXT.plain(one, [0, 1])
 
 
 # Baselines
