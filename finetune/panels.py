@@ -155,7 +155,7 @@ def draw_table(figure: Figure, place: SubplotSpec, table: ProbeTable) -> None:
                     top,
                     f"{100 * v.mean:.1f}",
                     ha="center",
-                    fontsize=8,
+                    fontsize=7.3,
                     color=INK,
                     fontweight="bold" if row == PRETRAINED else "normal",
                 )
