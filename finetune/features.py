@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from scipy.sparse import csr_matrix, vstack
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -26,6 +25,7 @@ from models.data2vec import FRONT_ENDS, Encoder
 from pretrain.checkpoint import CheckpointError, latest
 from pretrain.config import Config, ConfigError, load
 from pretrain.data.sources import DataError, Sample, in_one_line
+from pretrain.pieces import MASTER, TEACHER, read_whole
 from pretrain.progress import Progress
 
 
@@ -120,7 +120,7 @@ def find(path: str | Path) -> Checkpoint:
 
 
 def load_encoder(path: str | Path, which: str = "teacher") -> FrozenEncoder:
-    """The teacher (fp32, put together from every rank's pieces) or the student of a run's newest or a given checkpoint.
+    """The teacher or the student of a run's newest or a given checkpoint, in fp32, put together from all ranks' pieces.
 
     A teacher that is given the student's local features comes with the student's local encoder.
 
@@ -132,60 +132,29 @@ def load_encoder(path: str | Path, which: str = "teacher") -> FrozenEncoder:
     config = found.config.model
     encoder = _fresh(config, seed=0)
     shapes = {name: parameter.shape for name, parameter in encoder.named_parameters()}
-    weights = partial(WEIGHTS[which], found.folder)
     borrowed = {}
     if which == "teacher" and FRONT_ENDS[config.modality].given:
         borrowed = {name: shape for name, shape in shapes.items() if name.startswith("local.")}
-    state = weights({name: shape for name, shape in shapes.items() if name not in borrowed})
-    if borrowed:
-        state |= student_weights(found.folder, borrowed)
-    wrong = [name for name, shape in shapes.items() if name not in state or state[name].shape != shape]
-    if wrong:
-        raise CheckpointError(f"{found.folder}: the {which}'s weights do not fit its config.yaml, first {wrong[0]}")
+    own = {name: shape for name, shape in shapes.items() if name not in borrowed}
+    state = weights(found.folder, WEIGHTS[which], own) | weights(found.folder, MASTER, borrowed)
     encoder.load_state_dict({name: state[name] for name in shapes})
     return FrozenEncoder(encoder, config)
 
 
-def assemble_teacher(folder: Path, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
-    """The fp32 teacher from teacher_*.safetensors, each holding a rank's runs of consecutive elements.
+def weights(folder: Path, kind: str, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """fp32 weights of a `kind`, put together from every rank's pieces.
 
     Raises CheckpointError for a file that cannot be read, and for parameters of which a part is missing.
     """
-    pieces: dict[str, list[tuple[int, Tensor]]] = {name: [] for name in shapes}
-    for path in sorted(folder.glob("teacher_*.safetensors")):
-        try:
-            with safe_open(path, "pt") as file:
-                starts = file.metadata() or {}
-                for name in starts.keys() & shapes.keys():
-                    pieces[name].append((int(starts[name]), file.get_tensor(name).view(-1)))
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"cannot read {path}: {' '.join(str(error).split())}") from None
-    whole = {}
-    for name, parts in pieces.items():
-        end = 0
-        for start, part in sorted(parts, key=lambda p: p[0]):
-            if start != end:
-                break
-            end += part.numel()
-        if end != shapes[name].numel() or sum(part.numel() for _, part in parts) != end:
-            raise CheckpointError(f"{folder}: {end} of {shapes[name].numel()} values of the teacher's {name} are there")
-        whole[name] = torch.cat([part for _, part in sorted(parts, key=lambda p: p[0])]).view(shapes[name])
-    return whole
-
-
-def student_weights(folder: Path, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
-    """The student as the forward pass saw it, so in low precision for bf16 and fp16 runs."""
-    path = folder / "mp_rank_00_model_states.pt"
+    prefix = "student." if kind == MASTER else ""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return {name: saved["module"][f"student.{name}"] for name in shapes}
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"cannot read {path}: {' '.join(str(error).split())[:200]}") from None
-    except KeyError as error:
-        raise CheckpointError(f"{path} has no weights {error}") from None
+        found = read_whole(folder, kind, {prefix + name: shape for name, shape in shapes.items()})
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: {' '.join(str(error).split())[:200]}") from None
+    return {name: found[prefix + name] for name in shapes}
 
 
-WEIGHTS = {"teacher": assemble_teacher, "student": student_weights}
+WEIGHTS = {"teacher": TEACHER, "student": MASTER}
 
 
 def extract(

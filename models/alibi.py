@@ -5,23 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from models.fused.attention import Bias
-
 
 class Alibi(nn.Module):
-    """-slope_h * max(scale_h, 0) * |i - j| over the original positions i, j of kept frames (docs/method.md 1.3)."""
+    """What logits get for every position of distance: -slope_h * max(scale_h, 0) (docs/method.md 1.3). A tensor and
+    nothing else, for ZeRO 3 finds the way back to a module by the tensors that it returns."""
 
     def __init__(self, heads: int) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(heads))
         self.slopes = slopes(heads)  # not a buffer: an engine that casts the module to bf16 would round it
 
-    def forward(self, ids: Tensor, padding: Tensor | None = None) -> Bias:
-        """The bias between positions `ids` (N or 1, K), the same for all blocks; `padding` (N, K) marks dead keys."""
+    def forward(self) -> Tensor:
+        """(H,) fp32, the same for all blocks."""
         self.slopes = self.slopes.to(self.scale.device)  # moves once
-        slope = -self.slopes * self.scale.float().clamp(min=0)
-        ids = ids.float()
-        return Bias(slope, (ids[:, :, None] - ids[:, None, :]).abs_(), padding)
+        return -self.slopes * self.scale.float().clamp(min=0)
+
+
+def distances(ids: Tensor) -> Tensor:
+    """|i - j| of the original positions `ids` (N or 1, K) of kept frames -> (N or 1, K, K) fp32."""
+    ids = ids.float()
+    return (ids[:, :, None] - ids[:, None, :]).abs_()
 
 
 def slopes(heads: int) -> Tensor:

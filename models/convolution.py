@@ -17,12 +17,22 @@ def convolve(conv: nn.Module, x: Tensor, shape: tuple[int, ...], ids: Tensor | N
     layout it is fastest in; in 1-D torch transposes, and still is faster than in 2-D with an axis of 1.
     """
     n, _, c = x.shape
-    if ids is not None and isinstance(conv, nn.Conv1d) and conv.groups == 1 and conv.bias is not None:
-        # Without groups a convolution is one matrix product over windows, so what is not asked for is not computed.
-        (kernel,) = conv.kernel_size
-        return linear(windows(x, ids, kernel), conv.weight.transpose(1, 2).flatten(1), conv.bias)
+    if ids is not None and isinstance(conv, WindowConv1d):
+        return conv(x, ids)
     y = conv(x.view(n, *shape, c).movedim(-1, 1))
     return gather_rows(y.movedim(1, -1).reshape(n, -1, y.shape[1]), ids)
+
+
+class WindowConv1d(nn.Conv1d):
+    """`nn.Conv1d` with a bias and without groups that is one matrix product over windows where only some positions are
+    asked for, so that the others are not computed."""
+
+    def forward(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
+        """(N, C, T) -> (N, C', T) as in `nn.Conv1d`; or channels-last (N, T, C) and `ids` (N, P) -> (N, P, C')."""
+        if ids is None:
+            return super().forward(x)
+        assert self.bias is not None
+        return linear(windows(x, ids, self.kernel_size[0]), self.weight.transpose(1, 2).flatten(1), self.bias)
 
 
 def windows(x: Tensor, ids: Tensor, kernel: int) -> Tensor:

@@ -10,10 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.alibi import Alibi
+from models.alibi import Alibi, distances
 from models.audio import RelativePositions, WaveformEncoder
 from models.config import ModelConfig
 from models.decoder import Decoder
@@ -84,6 +83,18 @@ class Output(NamedTuple):
     target: Moments
 
 
+class ExtraTokens(nn.Module):
+    """Learned tokens in front of the others. A module of its own, as ZeRO 3 gathers the weights of what is called."""
+
+    def __init__(self, count: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(1, count, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, K, D) -> (N, E+K, D)."""
+        return torch.cat([self.weight.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
+
+
 class Encoder(nn.Module):
     """Local encoder, positions, extra tokens, context norm, prenet and main blocks: the student; and again the teacher,
     without a local encoder if it is `given` the student's features."""
@@ -94,9 +105,7 @@ class Encoder(nn.Module):
         self.local: Any = None if given else front.local(config)
         self.positions = front.positions(config)
         self.alibi = Alibi(config.heads) if front.alibi else None
-        self.extra_tokens = None
-        if config.extra_tokens:
-            self.extra_tokens = nn.Parameter(torch.randn(1, config.extra_tokens, config.width))
+        self.extra_tokens = ExtraTokens(config.extra_tokens, config.width) if config.extra_tokens else None
         self.context_norm: nn.Module = nn.Identity()
         if config.prenet_depth or front.context_norm:
             self.context_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
@@ -114,7 +123,7 @@ class Encoder(nn.Module):
         bias = self.bias(features, ids_keep, lengths)
         x = self.positions(features, ids_keep)
         if self.extra_tokens is not None:
-            x = torch.cat([self.extra_tokens.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
+            x = self.extra_tokens(x)
         x = self.context_dropout(self.context_norm(x))
         for block in self.prenet:
             x, _ = block(x, bias)
@@ -129,9 +138,7 @@ class Encoder(nn.Module):
         if lengths is not None:
             per_row = lengths if ids_keep is None else lengths.repeat_interleave(len(ids_keep) // len(lengths))
             padding = ids >= per_row[:, None]
-            if self.extra_tokens is not None:
-                padding = F.pad(padding, (self.extra_tokens.shape[1], 0))
-        return self.alibi(ids, padding) if self.alibi is not None else Bias(padding=padding)
+        return Bias(self.alibi(), distances(ids), padding) if self.alibi is not None else Bias(padding=padding)
 
     def layers(
         self, x: Tensor, bias: Bias | None = None, dropped: Collection[int] = ()
@@ -225,7 +232,7 @@ class Data2Vec(nn.Module):
         cls = regression.new_zeros(())
         if loss.cls:
             token = encoded[:, self.config.extra_tokens - 1]
-            mean = targets.mean(dim=1).repeat_interleave(self.config.num_masks, dim=0)
+            mean = targets.mean(dim=1).repeat_interleave(len(token) // len(targets), dim=0)
             cls = summed_loss(token, mean, loss.beta, scale)
         return Output(regression, cls, moments(prediction), moments(target))
 

@@ -7,12 +7,12 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from models.config import ModelConfig
-from models.convolution import conv_norm_gelu
+from models.convolution import WindowConv1d, conv_norm_gelu
 from models.encoder import init_linear
 from models.fused.linear import Linear
 from models.masks import gather_rows
 
-CONV = {1: nn.Conv1d, 2: nn.Conv2d}
+CONV: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d}
 
 
 class Decoder(nn.Module):
@@ -24,7 +24,7 @@ class Decoder(nn.Module):
         decoder = config.decoder
         self.grid_shape = config.grid_shape
         self.residual = decoder.residual
-        conv = CONV[len(self.grid_shape)]
+        conv = CONV[len(self.grid_shape)] if decoder.groups > 1 or len(self.grid_shape) > 1 else WindowConv1d
         widths = [config.width] + [decoder.width] * decoder.layers
         self.convs = nn.ModuleList(
             conv(c_in, c_out, decoder.kernel, padding=decoder.kernel // 2, groups=decoder.groups)

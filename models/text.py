@@ -29,7 +29,8 @@ class TokenEmbedding(nn.Module):
     def forward(self, ids: Tensor, lengths: Tensor | None = None) -> Tensor:
         """(B, T) token ids, of which `lengths` (B,) are no padding -> (B, T, D)."""
         t = ids.shape[1]
-        x = self.tokens(ids) + self.positions.weight[FIRST_POSITION : FIRST_POSITION + t]
+        places = torch.arange(FIRST_POSITION, FIRST_POSITION + t, device=ids.device)
+        x = self.tokens(ids) + self.positions(places)
         if lengths is not None:
             x = x * (torch.arange(t, device=ids.device) < lengths[:, None])[..., None]
         return self.dropout(self.norm(x))

@@ -1,11 +1,11 @@
 """Checkpoints that survive a kill at any moment.
 
     checkpoints/
-        step_00001000/      DeepSpeed's files, teacher_*.safetensors a rank, state.json
+        step_00001000/      shard_*.safetensors a rank, state.json, config.yaml
         latest              the name of the newest complete one, moved last
 
-A checkpoint is written beside, as `.partial-*`, made durable, renamed, and only then pointed to. Student and decoder
-weights, fp32 masters, Adam's moments and the loss scale are DeepSpeed's; the teacher and the position in the run ours.
+A checkpoint is written beside, as `.partial-*`, made durable, renamed, and only then pointed to. What the shards hold,
+`pretrain.pieces` says.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
+from pretrain import pieces
 from pretrain.config import Config, RunConfig, flat, to_yaml
 from pretrain.ema import ShardedTeacher
 from pretrain.files import flush, write_atomically
@@ -74,9 +76,16 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     _barrier(world)
-    engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False, exclude_frozen_parameters=True)
-    if world.is_main or engine.zero_optimization_stage() > 0:
-        teacher.save(partial / f"teacher_{world.rank:05d}.safetensors")
+    owned = [*pieces.optimizer_pieces(engine), *teacher.pieces]
+    if not engine.zero_optimization():  # all hold the same: each writes its share
+        owned = [piece.share(world.rank, world.size) for piece in owned]
+    problem = ""
+    try:
+        pieces.write(pieces.file(partial, world.rank), owned)
+        flush(pieces.file(partial, world.rank))
+    except (OSError, SafetensorError) as error:
+        problem = f"cannot write {partial} on rank {world.rank}: {_reason(error)}; nothing older is lost"
+    agree(problem, world)
     if world.is_main:
         meta = asdict(state) | {
             "read": read,
@@ -84,6 +93,7 @@ def save(
             "ranks": world.size,
             "zero_stage": engine.zero_optimization_stage(),
             "precision": config.train.precision,
+            "loss_scaler": scaler_state(engine),
             "torch": torch.__version__,
             "deepspeed": deepspeed.__version__,
         }
@@ -91,7 +101,7 @@ def save(
         (partial / "config.yaml").write_text(to_yaml(config))
     _barrier(world)
     if world.is_main:
-        for file in partial.rglob("*"):
+        for file in (partial / "state.json", partial / "config.yaml", partial):
             flush(file)
         if final.exists():  # the same step, saved by a run that was killed before it moved the pointer
             shutil.rmtree(final)
@@ -116,30 +126,45 @@ def latest(folder: Path) -> Path | None:
 
 
 def load(path: Path, engine: deepspeed.DeepSpeedEngine, teacher: ShardedTeacher, world: World) -> RunState:
-    """Restores everything from a checkpoint of the same ZeRO stage, precision and number of ranks.
+    """Restores everything, whatever the number of ranks and the ZeRO stage that the checkpoint was written with.
 
-    Raises CheckpointError if it was written by another layout, does not fit or is damaged.
+    Raises CheckpointError, on all ranks, if it does not fit, is damaged or of an older format.
     """
     try:
         meta = json.loads((path / "state.json").read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path} is no complete checkpoint: {error}") from None
-    for key, here in (("ranks", world.size), ("zero_stage", engine.zero_optimization_stage())):
-        if meta[key] != here:
-            raise CheckpointError(
-                f"{path} was written with {key}={meta[key]}, this run has {here}; use the same, or "
-                "start in a new run.dir"
-            )
+    problem = ""
     try:
-        loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name, custom_load_fn=_load_trained)
-        if loaded is None:
-            raise FileNotFoundError("no model states in it")
-        teacher.load(sorted(path.glob("teacher_*.safetensors")))
-        read, failures = (meta["read"], meta["failures"]) if world.is_main else (0, 0)
-        return RunState(meta["step"], meta["batches"], read, failures, meta["samples"])
+        alike = (meta["ranks"], meta["zero_stage"]) == (world.size, engine.zero_optimization_stage())
+        own = alike and engine.zero_optimization()
+        paths = [pieces.file(path, rank) for rank in ([world.rank] if own else range(meta["ranks"]))]
+        pieces.read(paths, [*pieces.optimizer_pieces(engine), *teacher.pieces])
+        pieces.set_steps(engine, meta["step"])
+        restore_scaler(engine, meta["loss_scaler"])
     except DAMAGED as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise CheckpointError(f"{path} is damaged ({reason}); write the name of an older one into latest") from None
+        problem = (
+            f"{path} is damaged, or of an older format ({_reason(error)}); write the name of an older one into latest"
+        )
+    agree(problem, world)
+    pieces.publish_masters(engine)
+    teacher.publish()
+    read, failures = (meta["read"], meta["failures"]) if world.is_main else (0, 0)
+    return RunState(meta["step"], meta["batches"], read, failures, meta["samples"])
+
+
+def agree(problem: str, world: World) -> None:
+    """Raises CheckpointError on all ranks, with the first one's words, if one has a problem: none waits for it."""
+    problems = [problem]
+    if world.size > 1:
+        problems = [""] * world.size
+        dist.all_gather_object(problems, problem)
+    if any(problems):
+        raise CheckpointError(next(filter(None, problems)))
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def prune(folder: Path, newest: str, run: RunConfig) -> None:
@@ -163,12 +188,24 @@ def differences(old: Config, new: Config) -> list[str]:
     return [f"{k}: {before[k]} -> {after[k]}" for k in after if before[k] != after[k] and not k.startswith(free)]
 
 
-def _load_trained(src: dict[str, torch.Tensor], dst: torch.nn.Module) -> None:
-    """Strict but for the teacher, whose weights come from its own files."""
-    missing, unexpected = dst.load_state_dict(src, strict=False)
-    missing = [name for name in missing if not name.startswith("teacher.")]
-    if missing or unexpected:
-        raise CheckpointError(f"weights do not fit this model: missing {missing[:5]}, unexpected {unexpected[:5]}")
+def scaler_state(engine: deepspeed.DeepSpeedEngine) -> dict[str, float]:
+    """Of fp16's dynamic loss scale; empty otherwise."""
+    scaler = _scaler(engine)
+    return {name: getattr(scaler, name) for name in _SCALER if hasattr(scaler, name)} if scaler else {}
+
+
+def restore_scaler(engine: deepspeed.DeepSpeedEngine, state: dict[str, float]) -> None:
+    for name, value in state.items():
+        setattr(_scaler(engine), name, value)
+
+
+_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def _scaler(engine: deepspeed.DeepSpeedEngine) -> Any:
+    if not engine.fp16_enabled():
+        return None
+    return engine.optimizer.loss_scaler if engine.zero_optimization() else engine.optimizer.loss_scale_config
 
 
 def _barrier(world: World) -> None:

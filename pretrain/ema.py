@@ -2,32 +2,21 @@
 
 Each rank averages the shard of the student's masters that it owns, without communication. What the forward pass reads,
 the low-precision teacher parameters, follows from the shards: copied at stage 0, gathered once per flat buffer at
-stages 1 and 2.
+stages 1 and 2; at stage 3 they are shards themselves, which the engine gathers block by block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from models.data2vec import Data2Vec
-
-
-@dataclass(frozen=True)
-class Piece:
-    """The part of one teacher parameter that this rank owns: elements [start, start + average.numel()) of it."""
-
-    name: str
-    start: int
-    average: Tensor  # 1-D fp32 view
+from pretrain.pieces import TEACHER, masters, stretches
 
 
 class ShardedTeacher:
@@ -40,15 +29,22 @@ class ShardedTeacher:
     def __init__(self, engine: deepspeed.DeepSpeedEngine, model: Data2Vec) -> None:
         self.masters: list[Tensor] = []  # the student's, fp32
         self.averages: list[Tensor] = []  # the teacher's, fp32, same shapes
-        self.pieces: list[Piece] = []
         self._publish: list[tuple[Tensor, Tensor, dist.ProcessGroup | None]] = []  # (target, average or shard, group)
-        self._names = {id(p): name.removeprefix("teacher.") for name, p in model.named_parameters()}
-        pairs = list(model.tracked())
+        self._average_of: dict[int, Tensor] = {}  # id of the optimizer's tensor -> average
+        pairs, stage = list(model.tracked()), engine.zero_optimization_stage()
         with torch.no_grad():
-            if engine.zero_optimization_stage() in (1, 2):
+            if stage == 3:
+                self._adopt_partitions(engine.optimizer, pairs)
+            elif stage:
                 self._adopt_flat_groups(engine.optimizer, pairs)
             else:
                 self._adopt_parameters(engine, pairs)
+        self.pieces = [
+            s.of(self._average_of[id(s.tensor)], f"{TEACHER}/{s.name.removeprefix('student.')}")
+            for s in stretches(engine)
+            if id(s.tensor) in self._average_of
+        ]
+        """What this rank owns of the average."""
 
     def update(self, decay: float) -> None:
         """teacher = decay * teacher + (1 - decay) * student (docs/method.md 1.9). At decay 1 nothing moves."""
@@ -71,93 +67,61 @@ class ShardedTeacher:
             if dist.get_world_size(group) > 1:
                 dist.all_gather_into_tensor(target, shard, group=group)
 
-    def save(self, path: Path) -> None:
-        """Writes this rank's pieces: one tensor a parameter, its first element's position as metadata."""
-        tensors = {piece.name: piece.average for piece in self.pieces}
-        save_file(tensors, path, metadata={piece.name: str(piece.start) for piece in self.pieces})
-
-    def load(self, paths: list[Path]) -> None:
-        """Reads the pieces of any number of ranks. Raises RuntimeError if they leave a hole."""
-        filled = dict.fromkeys((piece.name for piece in self.pieces), 0)
-        for path in paths:
-            with safe_open(path, "pt") as file:
-                starts = file.metadata() or {}
-                for piece in self.pieces:
-                    if piece.name in starts:
-                        filled[piece.name] += _copy_overlap(piece, file.get_tensor(piece.name), int(starts[piece.name]))
-        for piece in self.pieces:
-            if filled[piece.name] != piece.average.numel():
-                raise RuntimeError(
-                    f"the checkpoint holds {filled[piece.name]} of {piece.average.numel()} values of "
-                    f"the teacher's {piece.name}"
-                )
-        self.publish()
+    def _adopt(self, master: Tensor, average: Tensor) -> None:
+        self.masters.append(master.data)
+        self.averages.append(average)
+        self._average_of[id(master)] = average
 
     def _adopt_parameters(self, engine: deepspeed.DeepSpeedEngine, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Stage 0: masters are whole, on every rank. In fp32 the teacher's parameters are the averages themselves."""
-        master_of: dict[int, Tensor] = {}
-        if hasattr(engine.optimizer, "fp32_groups"):  # fp16: the wrapper keeps masters in the order of its groups
-            for low, full in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True):
-                master_of |= {id(p): master for p, master in zip(low, full, strict=True)}
+        master_of = {id(student): master for student, master in masters(engine)}
         for student, teacher in pairs:
-            master = student if student.dtype == torch.float32 else master_of.get(id(student))
-            if master is None:
-                raise RuntimeError(f"no fp32 master found for {self._names[id(student)]}")
             average = teacher.data.float()  # itself if it is fp32 already
-            self.masters.append(master.data)
-            self.averages.append(average)
+            self._adopt(master_of[id(student)], average)
             if teacher.dtype != torch.float32:
                 self._publish.append((teacher.data, average, None))
-            self.pieces.append(Piece(self._names[id(teacher)], 0, average.view(-1)))
 
-    def _adopt_flat_groups(self, optimizer: object, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def _adopt_flat_groups(self, optimizer: Any, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Stages 1 and 2: the optimizer keeps a flat low-precision buffer a group, cut into equal shards, and the fp32
         master of its own shard. The teacher's parameters move into buffers laid out in just the same way."""
         teacher_of = {id(student): teacher for student, teacher in pairs}
-        adopted = 0
-        for index, group in enumerate(optimizer.bit16_groups):  # type: ignore[attr-defined]
+        for index, group in enumerate(optimizer.bit16_groups):
             if not any(id(p) in teacher_of for p in group):
                 continue
-            flat = optimizer.bit16_groups_flat[index]  # type: ignore[attr-defined]
-            master = optimizer.single_partition_of_fp32_groups[index]  # type: ignore[attr-defined]
-            process_group = optimizer.real_dp_process_group[index]  # type: ignore[attr-defined]
+            flat, master = optimizer.bit16_groups_flat[index], optimizer.single_partition_of_fp32_groups[index]
+            process_group = optimizer.real_dp_process_group[index]
             buffer = torch.zeros_like(flat)
-            slots = []
             for student in group:
-                teacher = teacher_of[id(student)]
+                teacher = teacher_of.pop(id(student))
                 start = (student.data_ptr() - flat.data_ptr()) // flat.element_size()
-                if not 0 <= start <= flat.numel() - student.numel():
-                    raise RuntimeError(f"{self._names[id(student)]} does not lie in its ZeRO group's buffer")
                 slot = buffer[start : start + student.numel()].view_as(student)
                 slot.copy_(teacher)
                 teacher.data = slot
-                slots.append((self._names[id(teacher)], start, start + student.numel()))
-                adopted += 1
             low = dist.get_rank(process_group) * master.numel()
             shard = buffer[low : low + master.numel()]
-            average = shard if shard.dtype == torch.float32 else shard.float()
-            self.masters.append(master.data)
-            self.averages.append(average)
+            average = shard if (shard.dtype, shard.device) == (master.dtype, master.device) else shard.to(master)
+            self._adopt(master, average)
             self._publish.append((buffer, average, process_group))
-            self.pieces += _pieces(slots, low, average)
-        if adopted != len(pairs):
-            raise RuntimeError(f"ZeRO's groups hold {adopted} of the {len(pairs)} parameters that the teacher averages")
+        if teacher_of:
+            raise RuntimeError(f"ZeRO's groups lack {len(teacher_of)} of {len(pairs)} parameters to average")
 
-
-def _pieces(slots: list[tuple[str, int, int]], low: int, average: Tensor) -> Iterator[Piece]:
-    """The parts of a buffer's slots (name, from, to) that fall into the shard starting at `low`."""
-    for name, begin, end in slots:
-        first, last = max(begin, low), min(end, low + average.numel())
-        if first < last:
-            yield Piece(name, first - begin, average[first - low : last - low])
-
-
-def _copy_overlap(piece: Piece, values: Tensor, start: int) -> int:
-    """Copies what `values`, beginning at element `start` of the parameter, has in common with the piece."""
-    values = values.view(-1)
-    first = max(piece.start, start)
-    last = min(piece.start + piece.average.numel(), start + values.numel())
-    if first >= last:
-        return 0
-    piece.average[first - piece.start : last - piece.start].copy_(values[first - start : last - start])
-    return last - first
+    def _adopt_partitions(self, optimizer: Any, pairs: Sequence[tuple[Any, Any]]) -> None:
+        """Stage 3: the optimizer keeps the fp32 masters of this rank's partitions one after the other, a flat buffer a
+        sub-group; averages are laid out in the same way, and in fp32 the teacher's partitions are views of them."""
+        for student, teacher in pairs:
+            group, offset, count = optimizer.grad_position[optimizer.get_param_id(student)]
+            master = optimizer.fp32_partitioned_groups_flat[group]
+            if id(master) not in self._average_of:
+                self._adopt(master, torch.zeros_like(master.data))
+            teacher.ds_persist = False  # what is small enough would stay gathered and never see an update
+            teacher.partition()
+            partition = teacher.ds_tensor
+            if partition.numel() != count:
+                raise RuntimeError(f"a partition of {partition.numel()} values is averaged from one of {count}")
+            average = self._average_of[id(master)][offset : offset + count]
+            average.copy_(partition)
+            if (partition.dtype, partition.device) == (average.dtype, average.device):
+                partition.data = average
+            else:
+                self._publish.append((partition.data, average, None))
+        optimizer.persistent_parameters[:] = [p for p in optimizer.persistent_parameters if p.ds_persist]

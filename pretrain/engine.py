@@ -56,6 +56,8 @@ def read_mechanics(path: str) -> dict[str, Any]:
     stage = zero.get("stage", 0)
     if stage not in STAGES:
         raise ConfigError(f"{path}: ZeRO stage {stage} is not supported; know {', '.join(map(str, STAGES))}")
+    if offload := [key for key in zero if key.startswith("offload_")]:
+        raise ConfigError(f"{path}: {', '.join(offload)} of zero_optimization is not supported; remove it")
     return mechanics
 
 
@@ -104,6 +106,9 @@ def optimizer_step(engine: deepspeed.DeepSpeedEngine) -> StepResult:
     """
     if engine.zero_optimization() or engine.fp16_enabled():
         engine.step()
+        if engine.zero_optimization_stage() == 3:
+            # It keeps the gradient of a block that layer drop leaves out of the next step, and would apply it again.
+            engine.optimizer.grad_partitions_flat_buffer.zero_()
         norm = engine.get_global_grad_norm()
         return StepResult(engine.was_step_applied(), math.inf if norm is None else float(norm))
     gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]

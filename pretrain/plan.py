@@ -136,7 +136,7 @@ def memory(config: Config, plan: BatchPlan, stage: int) -> Memory:
     masters = 0 if stage == 0 and low == 4 else 4 * trained / shards
     average = 0 if low == 4 else 4 * counts["teacher"] / shards
     return Memory(
-        weights=low * (trained + counts["teacher"]),
+        weights=low * (trained + counts["teacher"]) / (plan.ranks if stage >= 3 else 1),
         gradients=low * trained / (plan.ranks if stage >= 2 else 1),
         optimizer=masters + 8 * trained / shards,
         teacher=average,

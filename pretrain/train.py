@@ -55,11 +55,10 @@ class StepSums:
         self.target = pool(self.target, output.target) if self.target else output.target
 
 
-def objective(output: Output, loss: LossConfig, masked: Tensor | int, rows: int) -> Tensor:
+def objective(output: Output, loss: LossConfig, masked: Tensor | int, rows: Tensor | int) -> Tensor:
     """This micro-batch's part of the global loss: parts add up over micro-batches and ranks (docs/method.md 1.6).
 
-    `masked` and `rows` count the *global* batch: its hidden positions, and, where there is a class token, its samples
-    times masks.
+    `masked` and `rows` count the *global* batch: its hidden positions, and its samples times masks.
     """
     return output.regression / masked + loss.cls * loss.cls_rows / rows * output.cls
 
@@ -89,8 +88,8 @@ class Trainer:
     def step(self, micro_batches: list[Batch]) -> tuple[StepSums, StepResult]:
         """One optimizer step over this rank's share of a global batch, and the teacher's update after it."""
         config, world, state = self.config, self.world, self.state
-        rows = config.train.batch_size * config.model.num_masks
-        masked = world.sum(torch.full((), sum(b.masked for b in micro_batches), device=world.device))
+        counts = sum(b.masked for b in micro_batches), sum(len(b.ids_mask) for b in micro_batches)
+        masked, rows = world.sum(torch.stack([torch.full((), n, device=world.device) for n in counts]))
         set_hyperparameters(
             self.engine.optimizer,
             learning_rate(state.step, config.optim, config.train.steps),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.launch import TINY, run, weights
+from tests.launch import TINY, assert_close, run, weights
 
 LAYOUTS = [
     # (ranks, micro-batch, ZeRO stage)
@@ -39,15 +39,4 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tenso
 
 @pytest.mark.parametrize(("ranks", "micro", "stage"), LAYOUTS)
 def test_same_weights(tmp_path: Path, reference: dict[str, torch.Tensor], ranks: int, micro: int, stage: int) -> None:
-    ours = trained(tmp_path / "run", ranks, micro, stage)
-    names = [name for name in reference if not name.startswith("optimizer.")]
-    assert len(names) > 80
-    for name in names:
-        value, expected = ours[name].float().view(-1), reference[name].float().view(-1)
-        if name.endswith("attn.qkv.bias"):  # the key third's gradient is rounding noise
-            third = len(value) // 3
-            value, expected = (
-                value[[*range(third), *range(2 * third, 3 * third)]],
-                expected[[*range(third), *range(2 * third, 3 * third)]],
-            )
-        assert (value - expected).abs().max() <= 1e-5, name
+    assert_close(trained(tmp_path / "run", ranks, micro, stage), reference)

@@ -32,7 +32,7 @@ def assert_identical(folder: Path, reference: Path) -> None:
     assert (folder / "metrics.jsonl").read_bytes() == (reference / "metrics.jsonl").read_bytes()
     ours, expected = weights(folder), weights(reference)
     assert ours.keys() == expected.keys()
-    assert any(key.startswith("teacher.") for key in ours)
+    assert any(key.startswith("teacher/") for key in ours)
     assert any("exp_avg_sq" in key for key in ours)
     for name, value in expected.items():
         assert torch.equal(ours[name], value), name
@@ -71,7 +71,7 @@ def test_sigkill(tmp_path: Path, reference: tuple[tuple[int, str], Path]) -> Non
         seen = progress(folder)
         wait_for(lambda seen=seen: progress(folder) > seen + draw.randint(1, 4), process)
         if attempt % 2:  # in the middle of writing a checkpoint
-            wait_for(lambda: any((folder / "checkpoints").glob(".partial-*/*.pt")), process)
+            wait_for(lambda: any((folder / "checkpoints").glob(".partial-*/*.safetensors")), process)
             killed_while_writing += process.poll() is None
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()

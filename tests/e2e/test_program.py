@@ -60,7 +60,7 @@ def test_divergence_stops_the_run(tmp_path: Path) -> None:
     assert "the gradient is not finite" in done.stderr
     assert f"The last good checkpoint is {tmp_path}/checkpoints/step_" in done.stderr
     assert "Traceback" not in done.stderr
-    assert all(torch.isfinite(value).all() for name, value in weights(tmp_path).items() if name.startswith("teacher."))
+    assert all(torch.isfinite(value).all() for name, value in weights(tmp_path).items() if name.startswith("teacher/"))
 
 
 def test_collapse_stops_the_run(tmp_path: Path) -> None:
@@ -110,8 +110,8 @@ def test_other_data_is_refused_on_resume(tmp_path: Path, folder_of_images: Path)
 
 def test_a_damaged_checkpoint_is_one_line(tmp_path: Path) -> None:
     run("pretrain", TINY, "train.steps=2", f"run.dir={tmp_path}")
-    teacher = next((tmp_path / "checkpoints").glob("step_*/teacher_00000.safetensors"))
-    teacher.write_bytes(teacher.read_bytes()[:-100])
+    shard = next((tmp_path / "checkpoints").glob("step_*/shard_00000.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-100])
     done = run("pretrain", TINY, "train.steps=2", f"run.dir={tmp_path}", status=2)
     assert "step_00000002 is damaged" in done.stderr and "Traceback" not in done.stderr
     (tmp_path / "checkpoints" / "latest").write_text("step_00000001\n")

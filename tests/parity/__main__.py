@@ -1,4 +1,4 @@
-"""python -m tests.parity DIR [--zero 0|1|2]: how far this program is from the authors' own numbers.
+"""python -m tests.parity DIR [--zero 0|1|2] [--ranks N]: how far this program is from the authors' own numbers.
 
 DIR holds golden cases, <case>.json and <case>.safetensors; tests/parity/golden has those of set A. Exit status 1 if any
 bound is exceeded.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,7 +21,11 @@ def main() -> int:
     parser = argparse.ArgumentParser("tests.parity", description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--zero", type=int, choices=(0, 1, 2), default=1)
+    parser.add_argument("--ranks", type=int, default=1, help="processes that share every batch")
     args = parser.parse_args()
+    if args.ranks > 1 and "RANK" not in os.environ:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.ranks}"]
+        return subprocess.call([sys.executable, *launcher, "-m", "tests.parity", *sys.argv[1:]])
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     found = cases(args.folder)
     if not found:
@@ -31,13 +37,15 @@ def main() -> int:
         for row in replay(path, args.zero, world):
             failed += not row.ok
             verdict = "ok" if row.ok else "EXCEEDED"
+            if not world.is_main:
+                continue
             print(
                 f"{path.stem:16} {row.quantity:28} error {row.error:8.1e}  bound {row.bound:.0e}  {verdict}", flush=True
             )
-    print(
-        f"{len(found)} cases replayed at ZeRO {args.zero}: "
-        + (f"{failed} bounds exceeded" if failed else "all within bounds")
-    )
+    if world.is_main:
+        verdict = f"{failed} bounds exceeded" if failed else "all within bounds"
+        shared = f" on {world.size} ranks" if world.size > 1 else ""
+        print(f"{len(found)} cases replayed at ZeRO {args.zero}{shared}: {verdict}")
     parallel.stop()
     return 1 if failed else 0
 

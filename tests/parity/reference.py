@@ -24,7 +24,7 @@ from pretrain.config import Config, EmaConfig, OptimConfig, TrainConfig
 
 # Reference name -> ours, below "student." or "teacher."; `\1` is the block or layer number.
 ENCODER_NAMES = (
-    (r"extra_tokens", r"extra_tokens"),
+    (r"extra_tokens", r"extra_tokens.weight"),
     (r"alibi_scale", r"alibi.scale"),
     (r"context_encoder\.norm\.(.*)", r"context_norm.\1"),
     (r"context_encoder\.blocks\.(.*)", r"prenet.\1"),

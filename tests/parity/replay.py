@@ -6,11 +6,13 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from deepspeed.runtime.zero import GatheredParameters
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from safetensors.torch import load_file
 from torch import Tensor
@@ -54,6 +56,7 @@ def replay(path: Path, stage: int, world: World) -> list[Row]:
     rows: list[Row] = []
     for label, exempt in (("", True), ("_ascode", False)):
         config = our_config(case, float(golden["traj.lr"][0]), stage, exempt)
+        config = replace(config, train=replace(config.train, batch_size=world.size, micro_batch=1))
         weights = renamed(golden, "state.", "student") | renamed(golden, "teacher.", "teacher")
         trainer = Trainer(config, world, weights)
         if exempt:
@@ -63,8 +66,9 @@ def replay(path: Path, stage: int, world: World) -> list[Row]:
         for k in range(len(golden["traj.loss"])):
             with spied(trainer, gradients if k == 0 else {}) as seen:
                 batch = batch_of(golden, "input." if k == 0 else f"traj.{k}.input.", config.model)
-                sums, result = trainer.step([batch])
-            trajectory.append((trainer.measure(sums, result), seen[0]))
+                sums, result = trainer.step([share(batch, world)])
+            sums_of_losses = {name: float(world.sum(getattr(seen[0], name).detach())) for name in ("regression", "cls")}
+            trajectory.append((trainer.measure(sums, result), sums_of_losses))
         if exempt:
             rows += first_step_losses(config.model, *trajectory[0], golden)
             rows += first_step_gradients(gradients, golden)
@@ -92,6 +96,22 @@ def batch_of(golden: dict[str, Tensor], prefix: str, model: ModelConfig) -> Batc
         )
         lengths = torch.tensor([model.grid(int(size))[0] for size in sizes])
     return Batch(source, (~mask).nonzero()[:, 1].view(n, -1), mask.nonzero()[:, 1].view(n, -1), seeds, lengths=lengths)
+
+
+def share(batch: Batch, world: World) -> Batch:
+    """This rank's part of a batch: some samples, or of one sample some masks. Parts may differ in size."""
+    samples, masks = len(batch.inputs), len(batch.ids_mask) // len(batch.inputs)
+    if world.size <= samples:
+        own, views = np.array_split(np.arange(samples), world.size)[world.rank], np.arange(masks)
+    else:
+        groups = np.array_split(np.arange(world.size), samples)
+        sample, ranks = next((i, group) for i, group in enumerate(groups) if world.rank in group)
+        own = np.array([sample])
+        views = np.array_split(np.arange(masks), len(ranks))[world.rank - ranks[0]]
+    rows = (own[:, None] * masks + views).ravel()
+    lengths = None if batch.lengths is None else batch.lengths[own]
+    seeds = tuple(batch.seeds[i] for i in own)
+    return Batch(batch.inputs[own], batch.ids_keep[rows], batch.ids_mask[rows], seeds, lengths=lengths)
 
 
 def first_step_forward(trainer: Trainer, golden: dict[str, Tensor]) -> list[Row]:
@@ -132,18 +152,18 @@ def first_step_forward(trainer: Trainer, golden: dict[str, Tensor]) -> list[Row]
 
 
 def first_step_losses(
-    config: ModelConfig, metrics: dict[str, float], output: Output, golden: dict[str, Tensor]
+    config: ModelConfig, metrics: dict[str, float], losses: dict[str, float], golden: dict[str, Tensor]
 ) -> list[Row]:
     size = float(golden["out.sample_size"])
     rows = []
     for name, value in (("target_var", metrics["target_deviation"]), ("pred_var", metrics["prediction_deviation"])):
         rows.append(Row(f"out.{name}", abs(value / float(golden[f"out.{name}"]) - 1), FORWARD))
-    cls = float(output.cls.detach()) * config.loss.cls * config.loss.cls_rows / len(golden["input.mask"]) * size
+    cls = losses["cls"] * config.loss.cls * config.loss.cls_rows / len(golden["input.mask"]) * size
     terms = [
         ("loss", metrics["loss"]),
         ("loss_sum", metrics["loss"] * size),
         ("loss_sum.cls", cls),
-        (f"loss_sum.{config.modality.upper()}_regression", float(output.regression.detach())),
+        (f"loss_sum.{config.modality.upper()}_regression", losses["regression"]),
     ]
     for name, value in terms:
         if f"out.{name}" not in golden:  # a case without the class-token term
@@ -173,7 +193,8 @@ def final_weights(trainer: Trainer, golden: dict[str, Tensor], label: str) -> li
         for name, expected in renamed(golden, prefix, owner).items():
             parameter = parameters[name]
             sharded = trainer.engine.zero_optimization() and owner == "student"
-            value = safe_get_full_fp32_param(parameter) if sharded else parameter.detach()
+            with GatheredParameters([parameter]):
+                value = safe_get_full_fp32_param(parameter) if sharded else parameter.detach().clone()
             difference = without_key_bias(name, value).cpu() - without_key_bias(name, expected)
             worst = max(worst, float(difference.abs().max()))
         rows.append(Row(prefix + "* (absolute)", worst, WEIGHTS))

@@ -13,10 +13,11 @@ from tests.launch import run
 GOLDEN = Path(__file__).parent / "golden"
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
-def test_golden_cases(stage: int) -> None:
-    done = run("tests.parity", str(GOLDEN), "--zero", str(stage))
-    assert f"10 cases replayed at ZeRO {stage}: all within bounds" in done.stdout
+@pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (1, 1), (2, 1), (0, 4), (2, 2)])
+def test_golden_cases(stage: int, ranks: int) -> None:
+    done = run("tests.parity", str(GOLDEN), "--zero", str(stage), ranks=ranks)
+    shared = f" on {ranks} ranks" if ranks > 1 else ""
+    assert f"10 cases replayed at ZeRO {stage}{shared}: all within bounds" in done.stdout
     assert done.stdout.count(" ok\n") > 240
 
 

@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 from finetune import probe as probes
 from finetune import report as reports
-from finetune.features import FrozenEncoder, assemble_teacher, extract, find, load_encoder
+from finetune.features import FrozenEncoder, extract, find, load_encoder
 from finetune.image import PIXELS, centre_crops
 from finetune.probe import (
     PRETRAINED,
@@ -31,6 +30,7 @@ from finetune.probe import (
 )
 from finetune.samples import NoProbe
 from models.data2vec import Data2Vec
+from pretrain import pieces
 from pretrain.checkpoint import CheckpointError
 from pretrain.config import Config, ConfigError, load, to_yaml
 from pretrain.data.sources import open_images
@@ -53,22 +53,21 @@ def model() -> Data2Vec:
 
 
 def write_checkpoint(folder: Path, model: Data2Vec, config: Config, ranks: int, step: int = 7) -> Path:
-    """What pretrain.checkpoint writes, as far as features need it: the teacher cut into `ranks` equal flat shards."""
+    """What pretrain.checkpoint writes, as far as features need it: teacher and student cut into `ranks` flat shards."""
     path = folder / "checkpoints" / f"step_{step:08d}"
     path.mkdir(parents=True)
-    parameters = dict(model.teacher.named_parameters())
-    shard = -(-sum(p.numel() for p in parameters.values()) // ranks)
+    whole = [(f"teacher/{name}", p) for name, p in model.teacher.named_parameters()]
+    whole += [(f"master/student.{name}", p) for name, p in model.student.named_parameters()]
+    shard = -(-sum(p.numel() for _, p in whole) // ranks)
     for rank in range(ranks):
-        tensors, starts, begin = {}, {}, 0
-        for name, parameter in parameters.items():
+        found, begin = [], 0
+        for name, parameter in whole:
             flat = parameter.detach().flatten()
             first, last = max(rank * shard - begin, 0), min((rank + 1) * shard - begin, flat.numel())
             if first < last:
-                tensors[name], starts[name] = flat[first:last].clone(), str(first)
+                found.append(pieces.Piece(name, tuple(parameter.shape), first, flat[first:last].clone()))
             begin += flat.numel()
-        save_file(tensors, path / f"teacher_{rank:05d}.safetensors", metadata=starts)
-    module = {f"student.{name}": tensor for name, tensor in model.student.state_dict().items()}
-    torch.save({"module": module}, path / "mp_rank_00_model_states.pt")
+        pieces.write(pieces.file(path, rank), found)
     (path / "config.yaml").write_text(to_yaml(config))
     meta = {"step": step, "ranks": ranks, "zero_stage": 1, "precision": "fp32"}
     (path / "state.json").write_text(json.dumps(meta))
@@ -89,10 +88,9 @@ def test_teacher_of_several_ranks_is_whole(tmp_path: Path, model: Data2Vec, rank
 
 def test_missing_piece_is_named(tmp_path: Path, model: Data2Vec) -> None:
     path = write_checkpoint(tmp_path, model, tiny(), ranks=2)
-    (path / "teacher_00001.safetensors").unlink()
-    shapes = {name: p.shape for name, p in model.teacher.named_parameters()}
-    with pytest.raises(CheckpointError, match=r"values of the teacher's blocks") as error:
-        assemble_teacher(path, shapes)
+    pieces.file(path, 0).unlink()
+    with pytest.raises(CheckpointError, match=r"0 of \d+ values of teacher/local") as error:
+        load_encoder(path)
     assert "\n" not in str(error.value)
 
 
