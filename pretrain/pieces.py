@@ -154,13 +154,13 @@ def read(paths: Sequence[Path], wanted: Iterable[Piece]) -> None:
     """Fills the `wanted` pieces from files of any layout. Raises RuntimeError if they leave a hole or do not fit."""
     with ExitStack() as stack:
         files = [stack.enter_context(safe_open(path, "pt")) for path in paths]
-        places = [file.metadata() or {} for file in files]
+        places = [{name: json.loads(place) for name, place in (file.metadata() or {}).items()} for file in files]
         for piece in wanted:
             filled, end = 0, piece.start + piece.values.numel()
             for file, starts in zip(files, places, strict=True):
                 if piece.name not in starts:
                     continue
-                start, shape = json.loads(starts[piece.name])
+                start, shape = starts[piece.name]
                 if tuple(shape) != tuple(piece.shape):
                     raise RuntimeError(f"{piece.name} has shape {shape} there and {list(piece.shape)} here")
                 part = file.get_slice(piece.name)

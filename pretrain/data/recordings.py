@@ -300,7 +300,7 @@ def _scan(folder: str, names: Sequence[str], key: str, progress: bool) -> list[_
         fresh = dict(zip(names, headers, strict=True))
         if fresh != known:
             with contextlib.suppress(OSError):
-                write_atomically(str(cache), json.dumps(fresh).encode())
+                write_atomically(cache, json.dumps(fresh))
     return headers
 
 
