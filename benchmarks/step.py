@@ -280,7 +280,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
-    parser.add_argument("--zero", type=int, choices=(0, 1, 2), default=0)
+    parser.add_argument("--zero", type=int, choices=(0, 1, 2, 3), default=0)
     parser.add_argument("--threads", type=int, help="of torch on CPU")
     parser.add_argument("--profile", type=Path, metavar="TRACE.json", help="also write a trace of one more step")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it

@@ -26,7 +26,7 @@ OWNED_BY_YAML = {
     "bf16": "train.precision",
     "torch_autocast": "train.precision",
 }
-STAGES = (0, 1, 2)
+OFFLOAD_DEVICES = {0: ("none",), 1: ("none", "cpu"), 2: ("none", "cpu"), 3: ("none", "cpu")}  # by ZeRO stage
 
 
 class StepResult(NamedTuple):
@@ -43,7 +43,7 @@ def read_mechanics(path: str) -> dict[str, Any]:
         mechanics = json.loads(file.read_text())
     except OSError as error:
         raise ConfigError(
-            f"train.deepspeed={path}: {error.strerror}; ds_configs/ has zero0.json to zero2.json"
+            f"train.deepspeed={path}: {error.strerror}; ds_configs/ has zero0.json to zero3.json"
         ) from None
     except ValueError as error:  # not JSON, or not even text
         raise ConfigError(f"{path} is not valid JSON: {error}") from None
@@ -54,10 +54,16 @@ def read_mechanics(path: str) -> dict[str, Any]:
         if key in mechanics:
             raise ConfigError(f"{path} sets {key}, which {owner} of the YAML owns; remove it there")
     stage = zero.get("stage", 0)
-    if stage not in STAGES:
-        raise ConfigError(f"{path}: ZeRO stage {stage} is not supported; know {', '.join(map(str, STAGES))}")
-    if offload := [key for key in zero if key.startswith("offload_")]:
-        raise ConfigError(f"{path}: {', '.join(offload)} of zero_optimization is not supported; remove it")
+    if stage not in OFFLOAD_DEVICES:
+        raise ConfigError(f"{path}: ZeRO stage {stage} is not supported; know {', '.join(map(str, OFFLOAD_DEVICES))}")
+    if "offload_param" in zero:
+        raise ConfigError(f"{path}: offload_param of zero_optimization is not supported; remove it")
+    device = zero.get("offload_optimizer", {}).get("device", "none")
+    if device not in OFFLOAD_DEVICES[stage]:
+        raise ConfigError(
+            f"{path}: offload_optimizer to {device!r} at ZeRO stage {stage} is not supported; know "
+            f"{', '.join(OFFLOAD_DEVICES[stage])}"
+        )
     return mechanics
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import socket
+import warnings
 from dataclasses import dataclass
 
 import deepspeed
@@ -50,6 +51,8 @@ def start() -> World:
         torch.backends.cudnn.allow_tf32 = False  # fp32 is to mean fp32
     else:
         keep_freed_memory()
+    # DeepSpeed calls collectives by names that torch 2.13 warns of, each time.
+    warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)
     # On CPU, DeepSpeed would compile a shared-memory collective here; a killed rank leaves its lock behind, on which
     # every later start waits for ever. gloo does without.
     deepspeed.ops.__compatible_ops__.pop("deepspeed_shm_comm", None)

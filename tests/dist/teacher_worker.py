@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,18 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_fp32_param
 from deepspeed.runtime.zero import GatheredParameters
 from torch import Tensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 from models.data2vec import Batch
 from pretrain import parallel
-from pretrain.config import load
+from pretrain.config import PRECISIONS, load
 from pretrain.data.loader import build_dataset, build_loader
 from pretrain.engine import loss_scale
 from pretrain.optim import ema_decay
 from pretrain.train import Trainer
 
 STEPS = 4
+OFFLOADED = ("1_offload", "3_offload", "2_offload")  # one for each precision
 
 
 def full_student(trainer: Trainer) -> dict[str, Tensor]:
@@ -53,7 +56,8 @@ def full_teacher(trainer: Trainer) -> dict[str, Tensor]:
 def frozen(trainer: Trainer) -> list[Tensor]:
     """Copies of everything that a skipped step must not touch."""
     state = [t for t in trainer.engine.optimizer.state.values() for t in t.values() if torch.is_tensor(t)]
-    tensors = [*trainer.model.parameters(), *trainer.teacher.averages, *trainer.teacher.masters, *state]
+    parameters = [getattr(p, "ds_tensor", p) for p in trainer.model.parameters()]  # stage 3: this rank's partitions
+    tensors = [*parameters, *trainer.teacher.averages, *trainer.teacher.masters, *state]
     return [t.detach().clone() for t in tensors]
 
 
@@ -63,8 +67,8 @@ def poisoned(batch: Batch) -> Batch:
     return replace(batch, inputs=pixels)
 
 
-def scenario(stage: int, precision: str, world: parallel.World) -> dict[str, Any]:
-    overrides = [f"train.precision={precision}", f"train.deepspeed=ds_configs/zero{stage}.json", "train.micro_batch=2"]
+def scenario(zero: str, precision: str, world: parallel.World) -> dict[str, Any]:
+    overrides = [f"train.precision={precision}", f"train.deepspeed=ds_configs/zero{zero}.json", "train.micro_batch=2"]
     config = load("tests/tiny.yaml", overrides)
     trainer = Trainer(config, world)
     batches = build_loader(build_dataset(config), config, trainer.plan, world, 0)
@@ -100,11 +104,14 @@ def scenario(stage: int, precision: str, world: parallel.World) -> dict[str, Any
     for name, value in full_teacher(trainer).items():
         difference = (value - expected[name]).abs() / expected[name].abs().clamp(min=1e-3)
         published = max(published, float(difference.max()))
+    with CommDebugMode() as communicated:
+        trainer.teacher.update(0.5)
     moved = max(float((v - full_student(trainer)[n]).abs().max()) for n, v in expected.items())
     return {
-        "stage": stage, "precision": precision, "rank": world.rank, "starts_equal": starts_equal, "error": error,
+        "zero": zero, "precision": precision, "rank": world.rank, "starts_equal": starts_equal, "error": error,
         "published": published, "moved": moved, "owned": int(owned), "skipped": skipped,
         "total": sum(value.numel() for value in expected.values()),
+        "communicated": communicated.get_total_counts(),
         "bad_applied": result.applied, "bad_untouched": untouched, "bad_step": trainer.state.step - step,
         "scale_ratio": loss_scale(trainer.engine) / scale, "dtype": str(next(trainer.model.teacher.parameters()).dtype),
     }  # fmt: skip
@@ -115,8 +122,7 @@ if __name__ == "__main__":
     get_accelerator().is_fp16_supported = lambda: True  # torch computes in fp16 on CPU; DeepSpeed only doubts it
     world = parallel.start()
     lines = []
-    for stage in (0, 1, 2):
-        for precision in ("fp32", "bf16", "fp16"):
-            lines.append(json.dumps(scenario(stage, precision, world)))
+    for zero, precision in [*product("0123", PRECISIONS), *zip(OFFLOADED, PRECISIONS, strict=True)]:
+        lines.append(json.dumps(scenario(zero, precision, world)))
     (Path(sys.argv[1]) / f"rank{world.rank}.jsonl").write_text("\n".join(lines))
     parallel.stop()

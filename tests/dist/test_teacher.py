@@ -23,7 +23,7 @@ def scenarios(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 def test_equals_unsharded_average(scenarios: list[list[dict[str, Any]]]) -> None:
-    assert len(scenarios) == 9
+    assert len(scenarios) == 15
     for ranks in scenarios:
         for seen in ranks:
             assert seen["starts_equal"], seen
@@ -35,11 +35,18 @@ def test_equals_unsharded_average(scenarios: list[list[dict[str, Any]]]) -> None
 def test_shards_are_disjoint_and_complete(scenarios: list[list[dict[str, Any]]]) -> None:
     for ranks in scenarios:
         owned = [seen["owned"] for seen in ranks]
-        if ranks[0]["stage"] == 0:
+        if ranks[0]["zero"] == "0":
             assert owned == [ranks[0]["total"]] * len(ranks)
         else:
             assert sum(owned) == ranks[0]["total"]
             assert max(owned) <= 0.7 * ranks[0]["total"] or len(ranks) == 1
+
+
+def test_update_communicates_only_to_publish_flat_buffers(scenarios: list[list[dict[str, Any]]]) -> None:
+    """Nothing at stages 0 and 3; at 1 and 2 one gathering for each of the teacher's two parameter groups."""
+    for ranks in scenarios:
+        flat = ranks[0]["zero"][0] in "12" and len(ranks) > 1
+        assert [seen["communicated"] for seen in ranks] == [2 if flat else 0] * len(ranks), ranks
 
 
 def test_non_finite_gradient_moves_nothing(scenarios: list[list[dict[str, Any]]]) -> None:

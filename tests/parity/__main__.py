@@ -1,4 +1,4 @@
-"""python -m tests.parity DIR [--zero 0|1|2] [--ranks N]: how far this program is from the authors' own numbers.
+"""python -m tests.parity DIR [--zero 0|1|2|3|1_offload...] [--ranks N]: how far we are from the authors' own numbers.
 
 DIR holds golden cases, <case>.json and <case>.safetensors; tests/parity/golden has those of set A. Exit status 1 if any
 bound is exceeded.
@@ -16,11 +16,15 @@ from pathlib import Path
 from pretrain import parallel
 from tests.parity.replay import cases, replay
 
+ZERO = [
+    path.stem.removeprefix("zero") for path in sorted((Path(__file__).parents[2] / "ds_configs").glob("zero*.json"))
+]
+
 
 def main() -> int:
     parser = argparse.ArgumentParser("tests.parity", description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--zero", type=int, choices=(0, 1, 2), default=1)
+    parser.add_argument("--zero", choices=ZERO, default="1", help="of ds_configs/zero*.json")
     parser.add_argument("--ranks", type=int, default=1, help="processes that share every batch")
     args = parser.parse_args()
     if args.ranks > 1 and "RANK" not in os.environ:

@@ -106,7 +106,7 @@ TABLES = ("tokens", "positions")
 INPUTS = {"image": image_config, "audio": audio_config, "text": text_config}
 
 
-def our_config(case: dict[str, Any], lr: float, stage: int, exempt_1d: bool) -> Config:
+def our_config(case: dict[str, Any], lr: float, zero: str, exempt_1d: bool) -> Config:
     """The configuration of a case, from the complete resolved one of the reference."""
     ref = case["config"]["model"]
     modality = case["modality"].lower()
@@ -163,5 +163,5 @@ def our_config(case: dict[str, Any], lr: float, stage: int, exempt_1d: bool) -> 
         optim=optim,
         ema=EmaConfig(ref["ema_decay"], ref["ema_end_decay"], ref["ema_anneal_end_step"]),
         # A cosine this long is constant, as the cases' learning rate is.
-        train=TrainConfig(10**15, case["batch"], None, case["seed"], "fp32", f"ds_configs/zero{stage}.json"),
+        train=TrainConfig(10**15, case["batch"], None, case["seed"], "fp32", f"ds_configs/zero{zero}.json"),
     )

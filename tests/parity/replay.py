@@ -49,13 +49,13 @@ def cases(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.glob("*.json")) if path.with_suffix(".safetensors").exists()]
 
 
-def replay(path: Path, stage: int, world: World) -> list[Row]:
-    """All quantities of the case described by `path`, under ZeRO `stage`."""
+def replay(path: Path, zero: str, world: World) -> list[Row]:
+    """All quantities of the case described by `path`, under ds_configs/zero`zero`.json."""
     case = json.loads(path.read_text())
     golden = load_file(path.with_suffix(".safetensors"))
     rows: list[Row] = []
     for label, exempt in (("", True), ("_ascode", False)):
-        config = our_config(case, float(golden["traj.lr"][0]), stage, exempt)
+        config = our_config(case, float(golden["traj.lr"][0]), zero, exempt)
         config = replace(config, train=replace(config.train, batch_size=world.size, micro_batch=1))
         weights = renamed(golden, "state.", "student") | renamed(golden, "teacher.", "teacher")
         trainer = Trainer(config, world, weights)

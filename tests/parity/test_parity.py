@@ -13,11 +13,13 @@ from tests.launch import run
 GOLDEN = Path(__file__).parent / "golden"
 
 
-@pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (1, 1), (2, 1), (0, 4), (2, 2)])
-def test_golden_cases(stage: int, ranks: int) -> None:
-    done = run("tests.parity", str(GOLDEN), "--zero", str(stage), ranks=ranks)
+@pytest.mark.parametrize(
+    ("zero", "ranks"), [("0", 1), ("1", 1), ("2", 1), ("3", 1), ("0", 4), ("3", 2), ("2_offload", 2)]
+)
+def test_golden_cases(zero: str, ranks: int) -> None:
+    done = run("tests.parity", str(GOLDEN), "--zero", zero, ranks=ranks)
     shared = f" on {ranks} ranks" if ranks > 1 else ""
-    assert f"10 cases replayed at ZeRO {stage}{shared}: all within bounds" in done.stdout
+    assert f"10 cases replayed at ZeRO {zero}{shared}: all within bounds" in done.stdout
     assert done.stdout.count(" ok\n") > 240
 
 

@@ -206,7 +206,17 @@ def test_a_deepspeed_file_may_not_set_what_the_yaml_owns(tmp_path, key):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [("{,", "not valid JSON"), ('{"zero_optimization": {"stage": 3}}', "stage 3 is not supported")]
+    ("text", "said"),
+    [
+        ("{,", "not valid JSON"),
+        ('{"zero_optimization": {"stage": 4}}', "stage 4 is not supported"),
+        (
+            '{"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}',
+            "offload_param of zero_optimization",
+        ),
+        ('{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}', "to 'nvme' at ZeRO stage 3"),
+        ('{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}', "to 'cpu' at ZeRO stage 0"),
+    ],
 )
 def test_a_deepspeed_file_that_cannot_be_used(tmp_path, text, said):
     assert said in message(read_mechanics, str(written(tmp_path / "own.json", text)))
