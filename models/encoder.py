@@ -15,14 +15,14 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
-        self.heads, self.dropout = heads, dropout
+        self.heads, self.head_width, self.dropout = heads, width // heads, dropout
+        self.stream: int | None = None  # where ranks share the heads, the one that this rank draws dropout from
         self.qkv = Linear(width, 3 * width)
         self.proj = Linear(width, width)
 
     def forward(self, x: Tensor, bias: Bias | None) -> Tensor:
-        n, t, d = x.shape
-        qkv = self.qkv(x).view(n, t, 3, self.heads, d // self.heads)
-        return self.proj(attention(qkv, bias, self.dropout if self.training else 0.0))
+        qkv = self.qkv(x).view(*x.shape[:2], 3, self.heads, self.head_width)
+        return self.proj(attention(qkv, bias, self.dropout if self.training else 0.0, self.stream))
 
 
 class Mlp(nn.Module):

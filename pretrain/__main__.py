@@ -31,7 +31,7 @@ def main() -> int:
             costs = describe(config, args.ranks)  # first, so that an error comes alone
             print(to_yaml(config), costs, sep="\n")
             return 0
-        return train(config, parallel.start())
+        return train(config, parallel.start(config.train.tensor_parallel))
     except (ConfigError, CheckpointError) as error:
         say(f"error: {error}")
         return EXIT_BAD_INPUT

@@ -41,6 +41,7 @@ FREE = (
     "train.threads",
     PACKING,
     "train.deepspeed",
+    "train.tensor_parallel",
 )
 DAMAGED = (OSError, RuntimeError, KeyError, ValueError, EOFError, AssertionError, UnpicklingError, SafetensorError)
 
@@ -77,8 +78,10 @@ def save(
         partial.mkdir(parents=True)
     _barrier(world)
     owned = [*pieces.optimizer_pieces(engine), *teacher.pieces]
-    if not engine.zero_optimization():  # all hold the same: each writes its share
-        owned = [piece.share(world.rank, world.size) for piece in owned]
+    if not engine.zero_optimization():  # all data-parallel peers hold the same: each writes its share
+        owned = [piece.share(world.data_rank, world.data_ranks) for piece in owned]
+    if world.tensor_rank:  # what is whole on tensor-parallel peers, the first of them writes
+        owned = [piece for piece in owned if piece.split]
     problem = ""
     try:
         pieces.write(pieces.file(partial, world.rank), owned)
@@ -91,6 +94,7 @@ def save(
             "read": read,
             "failures": failures,
             "ranks": world.size,
+            "tensor_parallel": world.tensor_ranks,
             "zero_stage": engine.zero_optimization_stage(),
             "precision": config.train.precision,
             "loss_scaler": scaler_state(engine),
@@ -126,7 +130,7 @@ def latest(folder: Path) -> Path | None:
 
 
 def load(path: Path, engine: deepspeed.DeepSpeedEngine, teacher: ShardedTeacher, world: World) -> RunState:
-    """Restores everything, whatever the number of ranks and the ZeRO stage that the checkpoint was written with.
+    """Restores everything, whatever the ranks, the ZeRO stage and the tensor parallelism it was written with.
 
     Raises CheckpointError, on all ranks, if it does not fit, is damaged or of an older format.
     """
@@ -136,9 +140,10 @@ def load(path: Path, engine: deepspeed.DeepSpeedEngine, teacher: ShardedTeacher,
         raise CheckpointError(f"{path} is no complete checkpoint: {error}") from None
     problem = ""
     try:
-        alike = (meta["ranks"], meta["zero_stage"]) == (world.size, engine.zero_optimization_stage())
-        own = alike and engine.zero_optimization()
-        paths = [pieces.file(path, rank) for rank in ([world.rank] if own else range(meta["ranks"]))]
+        layout = (world.size, world.tensor_ranks, engine.zero_optimization_stage())
+        alike = (meta["ranks"], meta["tensor_parallel"], meta["zero_stage"]) == layout
+        own = {world.rank, world.rank - world.tensor_rank} if alike and engine.zero_optimization() else None
+        paths = [pieces.file(path, rank) for rank in own or range(meta["ranks"])]
         pieces.read(paths, [*pieces.optimizer_pieces(engine), *teacher.pieces])
         pieces.set_steps(engine, meta["step"])
         restore_scaler(engine, meta["loss_scaler"])

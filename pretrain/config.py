@@ -14,6 +14,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import yaml
 
 from models.config import RATE, ModelConfig, problems
+from models.split import split_problem
 
 
 class ConfigError(ValueError):
@@ -85,7 +86,8 @@ class TrainConfig:
     """`batch_size` is global, whatever the ranks. `micro_batch` is a rank's share of one forward pass (None: all of its
     share); accumulation follows. Both count images, or blocks of text; for speech they bound the waveform samples of
     all clips together, and `micro_batch`, which decides which clips meet, has to be given. `precision`: fp32, bf16 or
-    fp16. `deepspeed`: a JSON of mechanics."""
+    fp16. `deepspeed`: a JSON of mechanics. `tensor_parallel` ranks, neighbours, split every layer and see the same
+    batches."""
 
     steps: int = 375_300
     batch_size: int = 256
@@ -93,6 +95,7 @@ class TrainConfig:
     seed: int = 1
     precision: str = "bf16"
     deepspeed: str = "ds_configs/zero1.json"
+    tensor_parallel: int = 1
     threads: int | None = None
 
 
@@ -134,7 +137,7 @@ class Config:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How the global batch falls on the ranks: batch_size = ranks x micro_batch x accumulation."""
+    """How the global batch falls on the data-parallel ranks: batch_size = ranks x micro_batch x accumulation."""
 
     ranks: int
     micro_batch: int
@@ -195,6 +198,7 @@ def check(config: Config) -> None:
         (run.log_every >= 1 and run.save_every >= 1, "run.log_every and run.save_every must be at least 1"),
         (run.keep_last >= 1, f"run.keep_last={run.keep_last} must be at least 1"),
         (train.threads is None or train.threads >= 1, f"train.threads={train.threads} must be at least 1, or null"),
+        (train.tensor_parallel >= 1, f"train.tensor_parallel={train.tensor_parallel} must be at least 1"),
         (data.workers >= 0, f"data.workers={data.workers} must be 0 or more"),
         (
             0 < image.crop_scale[0] <= image.crop_scale[1] <= 1,
@@ -224,15 +228,19 @@ def check(config: Config) -> None:
     found += [sentence for ok, sentence in rules if not ok]
     if found:
         raise ConfigError("; ".join(found))
+    if unsplit := split_problem(config.model, train.tensor_parallel):
+        raise ConfigError(unsplit)
 
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 def batch_plan(train: TrainConfig, ranks: int) -> BatchPlan:
-    """Splits the global batch over the ranks; raises ConfigError, naming what would divide, if it does not."""
+    """Splits the global batch over `ranks` of which `train.tensor_parallel` at a time share their part; raises
+    ConfigError, naming what would divide, if it does not."""
     if ranks < 1:
         raise ConfigError(f"{ranks} ranks cannot train anything; at least 1")
+    ranks = data_ranks(ranks, train.tensor_parallel)
     if train.batch_size % ranks:
         near = nearest_divisors(train.batch_size, ranks, 4)
         raise ConfigError(
@@ -248,6 +256,16 @@ def batch_plan(train: TrainConfig, ranks: int) -> BatchPlan:
             f"({train.batch_size} over {ranks} ranks); these do: {', '.join(map(str, sizes))}"
         )
     return BatchPlan(ranks, micro, share // micro)
+
+
+def data_ranks(ranks: int, tensor_ranks: int) -> int:
+    """How many shares of a batch there are; raises ConfigError if groups of `tensor_ranks` leave some `ranks` over."""
+    if ranks % tensor_ranks:
+        fit = nearest_divisors(ranks, tensor_ranks, 8)
+        raise ConfigError(
+            f"train.tensor_parallel={tensor_ranks} does not divide {ranks} ranks; {', '.join(map(str, fit))} would"
+        )
+    return ranks // tensor_ranks
 
 
 def nearest_divisors(number: int, to: int, count: int) -> list[int]:

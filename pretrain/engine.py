@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 
 import deepspeed
 import torch
+from torch import Tensor
 
 from models.data2vec import Data2Vec
 from pretrain.config import BatchPlan, Config, ConfigError
 from pretrain.optim import build_optimizer
+from pretrain.parallel import ParallelState, World
 
 # One owner a number: these live in the YAML, so a DeepSpeed JSON that sets them is refused.
 OWNED_BY_YAML = {
@@ -81,6 +83,11 @@ def engine_config(config: Config, plan: BatchPlan) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
     }
+    if precision == "fp16" and stage == 0 and config.train.tensor_parallel > 1:
+        raise ConfigError(  # that wrapper of DeepSpeed's adds up norms as if no layer were split
+            f"train.precision=fp16 with train.tensor_parallel={config.train.tensor_parallel} needs ZeRO 1, 2 or 3; set "
+            "train.deepspeed=ds_configs/zero1.json"
+        )
     if precision == "bf16" and stage == 0:
         # DeepSpeed's bf16 wrapper of stage 0 keeps masters that nothing links to the parameters, and drifts. fp32
         # weights under autocast are what one means by bf16 there.
@@ -92,12 +99,17 @@ def engine_config(config: Config, plan: BatchPlan) -> dict[str, Any]:
     return mechanics | ours
 
 
-def build_engine(model: Data2Vec, config: Config, plan: BatchPlan, device: torch.device) -> deepspeed.DeepSpeedEngine:
-    """Puts student, decoder and frozen teacher on `device` under one engine."""
+def build_engine(model: Data2Vec, config: Config, plan: BatchPlan, world: World) -> deepspeed.DeepSpeedEngine:
+    """Puts student, decoder and frozen teacher, or this rank's slices of them, on its device under one engine."""
+    if world.tensor_group is not None:
+        from models.tp_layers import split_blocks  # megatron-core takes seconds to import, and only this needs it
+
+        split_blocks(model, world.tensor_group)
     engine, *_ = deepspeed.initialize(
-        model=model.to(device),
+        model=model.to(world.device),
         optimizer=build_optimizer(model, config.optim),
         config=engine_config(config, plan),
+        mpu=ParallelState(world) if world.tensor_ranks > 1 else None,
         dist_init_required=False,
     )
     if engine.fp16_enabled() and not engine.zero_optimization():
@@ -117,13 +129,25 @@ def optimizer_step(engine: deepspeed.DeepSpeedEngine) -> StepResult:
             engine.optimizer.grad_partitions_flat_buffer.zero_()
         norm = engine.get_global_grad_norm()
         return StepResult(engine.was_step_applied(), math.inf if norm is None else float(norm))
-    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    norm = float(torch.nn.utils.get_total_norm(gradients))
+    norm = gradient_norm(engine)
     if not math.isfinite(norm):
         engine.zero_grad()
         return StepResult(False, norm)
     engine.step()
     return StepResult(True, norm)
+
+
+def gradient_norm(engine: deepspeed.DeepSpeedEngine) -> float:
+    """Of the gradients that this rank holds whole and, over the ranks that share layers, of those it has slices of."""
+    whole: list[Tensor] = []
+    slices: list[Tensor] = []
+    for parameter in engine.module.parameters():
+        if parameter.grad is not None:
+            (slices if getattr(parameter, "tensor_model_parallel", False) else whole).append(parameter.grad)
+    norm = torch.nn.utils.get_total_norm(whole)
+    if engine.mpu is not None:
+        norm = engine.mpu.world.sum_slices(torch.nn.utils.get_total_norm(slices).square()).add(norm.square()).sqrt()
+    return float(norm)
 
 
 def loss_scale(engine: deepspeed.DeepSpeedEngine) -> float:

@@ -6,34 +6,102 @@ import ctypes
 import os
 import socket
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import deepspeed
 import torch
 import torch.distributed as dist
 
-from pretrain.config import ConfigError
+from pretrain.config import ConfigError, data_ranks
 
 
 @dataclass(frozen=True)
 class World:
+    """Tensor-parallel peers, who split every layer and see the same batches, are neighbours: with 2 of them, ranks 0
+    and 1. Ranks that have the same part of the layers are data-parallel peers: 0, 2, 4..."""
+
     rank: int
     size: int
     device: torch.device
+    tensor_ranks: int = 1
+    data_group: dist.ProcessGroup | None = None  # None: all ranks
+    tensor_group: dist.ProcessGroup | None = None  # None: this rank alone
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def data_ranks(self) -> int:
+        return self.size // self.tensor_ranks
+
+    @property
+    def data_rank(self) -> int:
+        return self.rank // self.tensor_ranks
+
+    @property
+    def tensor_rank(self) -> int:
+        return self.rank % self.tensor_ranks
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Adds up over the ranks, in place."""
-        if self.size > 1:
-            dist.all_reduce(tensor)
+        """Adds up over the batch's shares, in place."""
+        if self.data_ranks > 1:
+            dist.all_reduce(tensor, group=self.data_group)
+        return tensor
+
+    def sum_slices(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Adds up over the slices of split layers, in place."""
+        if self.tensor_ranks > 1:
+            dist.all_reduce(tensor, group=self.tensor_group)
         return tensor
 
 
-def start() -> World:
-    """Joins the process group of the launcher (torchrun, deepspeed), or makes one of this process alone."""
+class ParallelState:
+    """What DeepSpeed asks of its `mpu` about the groups of a world with tensor parallelism."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+
+    def get_model_parallel_rank(self) -> int:
+        return self.world.tensor_rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.world.tensor_ranks
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup | None:
+        return self.world.tensor_group
+
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_group = get_model_parallel_group
+
+    def get_tensor_model_parallel_src_rank(self) -> int:
+        return self.world.rank - self.world.tensor_rank
+
+    def get_data_parallel_rank(self) -> int:
+        return self.world.data_rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.world.data_ranks
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup | None:
+        return self.world.data_group
+
+    def get_pipeline_model_parallel_rank(self) -> int:
+        return 0
+
+    def get_pipeline_model_parallel_world_size(self) -> int:
+        return 1
+
+    def get_pipeline_model_parallel_group(self) -> None:
+        return None
+
+
+def start(tensor_ranks: int = 1) -> World:
+    """Joins the process group of the launcher (torchrun, deepspeed), or makes one of this process alone.
+
+    Raises ConfigError if the ranks cannot be had, or not be divided into groups of `tensor_ranks`.
+    """
     if "RANK" not in os.environ:
         with socket.socket() as free:  # without these five, DeepSpeed would look for MPI
             free.bind(("127.0.0.1", 0))
@@ -57,7 +125,22 @@ def start() -> World:
     # every later start waits for ever. gloo does without.
     deepspeed.ops.__compatible_ops__.pop("deepspeed_shm_comm", None)
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
-    return World(dist.get_rank(), dist.get_world_size(), device)
+    world = World(dist.get_rank(), dist.get_world_size(), device)
+    return split_world(world, tensor_ranks) if tensor_ranks > 1 else world
+
+
+def split_world(world: World, tensor_ranks: int) -> World:
+    """A world of the same ranks with groups of `tensor_ranks` who share layers. Collective."""
+    data_ranks(world.size, tensor_ranks)  # refuses what leaves a rest
+    from megatron.core import parallel_state  # takes seconds, and only this needs it
+
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_ranks)
+    return replace(
+        world,
+        tensor_ranks=tensor_ranks,
+        data_group=parallel_state.get_data_parallel_group(),
+        tensor_group=parallel_state.get_tensor_model_parallel_group(),
+    )
 
 
 def keep_freed_memory() -> None:

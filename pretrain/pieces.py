@@ -1,7 +1,7 @@
-"""The fp32 state of a run as pieces: runs of consecutive elements of one parameter, whatever the ZeRO stage.
+"""The fp32 state of a run as pieces: runs of consecutive elements of a parameter, or of a tensor-parallel slice of it.
 
 Every rank writes the pieces that it owns. They say themselves where they belong, so that any other layout, more ranks
-or fewer, sharded otherwise or not at all, reads of the files what overlaps its own.
+or fewer, sharded or split otherwise or not at all, reads of the files what overlaps its own.
 """
 
 from __future__ import annotations
@@ -19,17 +19,20 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from models.split import Split, split_of
+
 MASTER, MOMENTS, TEACHER = "master", ("exp_avg", "exp_avg_sq"), "teacher"
 
 
 class Piece(NamedTuple):
-    """Elements [start, start + values.numel()) of what is called `name` and has a `shape`; `values` is a 1-D view of
-    the state itself."""
+    """Elements [start, start + values.numel()) of what is called `name` and, here, has a `shape`; `values` is a 1-D
+    view of the state itself. `split`: which slice of the whole is here."""
 
     name: str
     shape: tuple[int, ...]
     start: int
     values: Tensor
+    split: Split | None = None
 
     def share(self, rank: int, ranks: int) -> Piece:
         """The part of it that `rank` of `ranks` writes where all hold the same."""
@@ -47,11 +50,12 @@ class Stretch(NamedTuple):
     size: int
     tensor: Tensor
     offset: int
+    split: Split | None = None
 
     def of(self, flat: Tensor, name: str) -> Piece:
         """Its elements of a tensor laid out as `tensor` is, under another name."""
         values = flat.detach().view(-1)[self.offset : self.offset + self.size]
-        return Piece(name, self.shape, self.start, values)
+        return Piece(name, self.shape, self.start, values, self.split)
 
 
 def stretches(engine: deepspeed.DeepSpeedEngine) -> Iterator[Stretch]:
@@ -59,11 +63,15 @@ def stretches(engine: deepspeed.DeepSpeedEngine) -> Iterator[Stretch]:
     names = {id(p): name for name, p in engine.module.named_parameters() if p.requires_grad}
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     if stage == 3:
-        yield from _partitions(optimizer, names)
+        found = _partitions(optimizer, names)
     elif stage:
-        yield from _flat_groups(optimizer, names)
+        found = _flat_groups(optimizer, names)
     else:
-        yield from (Stretch(names[id(p)], tuple(p.shape), 0, p.numel(), master, 0) for p, master in masters(engine))
+        found = (Stretch(names[id(p)], tuple(p.shape), 0, p.numel(), master, 0) for p, master in masters(engine))
+    if engine.mpu is None:
+        return found
+    rank, ranks = engine.mpu.get_model_parallel_rank(), engine.mpu.get_model_parallel_world_size()
+    return (stretch._replace(split=split_of(stretch.name, rank, ranks)) for stretch in found)
 
 
 def masters(engine: deepspeed.DeepSpeedEngine) -> Iterator[tuple[Tensor, Tensor]]:
@@ -146,30 +154,72 @@ def write(path: Path, pieces: Iterable[Piece]) -> None:
     """One tensor a piece; where it starts, and the shape of the whole, are metadata."""
     found = {piece.name: piece for piece in pieces}
     tensors = {name: piece.values.contiguous() for name, piece in found.items()}
-    save_file(tensors, path, metadata={name: json.dumps([piece.start, piece.shape]) for name, piece in found.items()})
+    places = {name: json.dumps([piece.start, piece.shape, piece.split]) for name, piece in found.items()}
+    save_file(tensors, path, metadata=places)
     path.chmod(0o644)  # for a group's colleagues: it is made readable for its owner alone
+
+
+class Stored(NamedTuple):
+    """A piece in a file."""
+
+    start: int
+    size: int
+    shape: tuple[int, ...]
+    split: Split | None
+    values: Any  # safetensors' slice, which reads what is asked of it
 
 
 def read(paths: Sequence[Path], wanted: Iterable[Piece]) -> None:
     """Fills the `wanted` pieces from files of any layout. Raises RuntimeError if they leave a hole or do not fit."""
     with ExitStack() as stack:
-        files = [stack.enter_context(safe_open(path, "pt")) for path in paths]
-        places = [{name: json.loads(place) for name, place in (file.metadata() or {}).items()} for file in files]
+        index: dict[str, list[Stored]] = {}
+        for path in paths:
+            file = stack.enter_context(safe_open(path, "pt"))
+            for name, place in (file.metadata() or {}).items():
+                start, shape, split = json.loads(place)
+                values = file.get_slice(name)
+                stored = Stored(start, values.get_shape()[0], tuple(shape), split and Split(*split), values)
+                index.setdefault(name, []).append(stored)
         for piece in wanted:
-            filled, end = 0, piece.start + piece.values.numel()
-            for file, starts in zip(files, places, strict=True):
-                if piece.name not in starts:
-                    continue
-                start, shape = starts[piece.name]
-                if tuple(shape) != tuple(piece.shape):
-                    raise RuntimeError(f"{piece.name} has shape {shape} there and {list(piece.shape)} here")
-                part = file.get_slice(piece.name)
-                first, last = max(piece.start, start), min(end, start + part.get_shape()[0])
-                if first < last:
-                    piece.values[first - piece.start : last - piece.start].copy_(part[first - start : last - start])
-                    filled += last - first
-            if filled != piece.values.numel():
-                raise RuntimeError(f"{filled} of {piece.values.numel()} values of {piece.name} are there")
+            found = index.get(piece.name, [])
+            alike = [stored for stored in found if stored.split == piece.split]
+            if alike or not found:
+                _fill(piece, alike)
+                continue
+            slices = [_slice(piece.name, [s for s in found if s.split == split]) for split in _splits(found)]
+            tensor = found[0].split.join(slices) if found[0].split else slices[0]
+            own = piece.split.take(tensor) if piece.split else tensor
+            _fill(piece, [Stored(0, own.numel(), tuple(own.shape), piece.split, own.flatten())])
+
+
+def _splits(found: Sequence[Stored]) -> list[Split | None]:
+    """The slices of a whole, in order."""
+    first = found[0].split
+    return [first._replace(rank=rank) for rank in range(first.ranks)] if first else [None]
+
+
+def _slice(name: str, found: Sequence[Stored]) -> Tensor:
+    """All of a parameter, or of one slice of it."""
+    if not found:
+        raise RuntimeError(f"a slice of {name} is not there")
+    out = torch.empty(found[0].shape)
+    _fill(Piece(name, found[0].shape, 0, out.view(-1)), found)
+    return out
+
+
+def _fill(piece: Piece, found: Sequence[Stored]) -> None:
+    """Copies what overlaps."""
+    filled, end = 0, piece.start + piece.values.numel()
+    for stored in found:
+        if stored.shape != tuple(piece.shape):
+            raise RuntimeError(f"{piece.name} has shape {list(stored.shape)} there and {list(piece.shape)} here")
+        first, last = max(piece.start, stored.start), min(end, stored.start + stored.size)
+        if first < last:
+            values = stored.values[first - stored.start : last - stored.start]
+            piece.values[first - piece.start : last - piece.start].copy_(values)
+            filled += last - first
+    if filled != piece.values.numel():
+        raise RuntimeError(f"{filled} of {piece.values.numel()} values of {piece.name} are there")
 
 
 def read_whole(folder: Path, kind: str, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:

@@ -81,7 +81,7 @@ class Trainer:
         self.model = Data2Vec(config.model)
         if weights is not None:
             self.model.load_state_dict(weights)
-        self.engine: deepspeed.DeepSpeedEngine = build_engine(self.model, config, self.plan, world.device)
+        self.engine: deepspeed.DeepSpeedEngine = build_engine(self.model, config, self.plan, world)
         self.teacher = ShardedTeacher(self.engine, self.model)
         self.state = RunState()
 
@@ -100,11 +100,11 @@ class Trainer:
         for i, batch in enumerate(micro_batches):
             self.engine.set_gradient_accumulation_boundary(i + 1 == len(micro_batches))
             seed = micro_step_seed(config.train.seed, state.batches, i)
-            torch.manual_seed(seed + world.rank)  # dropout's, on every device
+            torch.manual_seed(seed + world.data_rank)  # dropout's, on every device
             output: Output = self.engine(batch.to(world.device), seed)
             loss = objective(output, config.model.loss, masked, rows)
             # The engine averages over ranks and micro-batches; the parts of the global loss are to be summed.
-            self.engine.backward(loss * (world.size * self.plan.accumulation))
+            self.engine.backward(loss * (world.data_ranks * self.plan.accumulation))
             sums.add(batch, loss, output)
         result = optimizer_step(self.engine)
         state.batches += 1
@@ -133,7 +133,7 @@ class Trainer:
 
     def _pooled(self, own: Moments) -> Moments:
         """Moments over all ranks."""
-        if self.world.size == 1:
+        if self.world.data_ranks == 1:
             return own
         n = self.world.sum(own.n.clone())
         mean = self.world.sum(own.mean * own.n) / n

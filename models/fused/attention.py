@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 LEAST = torch.finfo(torch.float32).min  # unlike -inf, a row that sees nothing but padding stays finite
+STREAM = 0x9E3779B97F4A7C15 >> 2  # far apart: pieces of rows use the seeds that follow the first
 LOGITS = {"cpu": 2**20, "cuda": 2**26}  # how many at a time, or those of one row; on the CPU they stay in the cache
 
 
@@ -29,13 +30,31 @@ class Bias:
     padding: Tensor | None = None  # (N, K) bool
 
 
-def attention(qkv: Tensor, bias: Bias | None = None, dropout: float = 0.0) -> Tensor:
-    """Softmax attention of (N, K, 3, H, D/H) -> (N, K, D). Logits are scaled by (D/H)^-0.5, bias and softmax fp32."""
-    if bias is None and (not dropout or qkv.is_cuda):
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).flatten(2)
+def attention(qkv: Tensor, bias: Bias | None = None, dropout: float = 0.0, stream: int | None = None) -> Tensor:
+    """Softmax attention of (N, K, 3, H, W) -> (N, K, H*W). Logits are scaled by W^-0.5, bias and softmax fp32.
+
+    What is dropped is drawn from one of many streams: ranks whose generators agree draw differently in their own, and
+    their generators agree afterwards.
+    """
+    if bias is None and not dropout:
+        return unbiased_attention(qkv)
+    seed = int(torch.randint(2**62, ())) if dropout else 0  # the host's generator: nothing waits for the device
+    if stream is not None:
+        seed = (seed + stream * STREAM) % 2**62
+    if bias is None and qkv.is_cuda:
+        if stream is None:
+            return unbiased_attention(qkv, dropout)
+        with torch.random.fork_rng([qkv.device]):  # not run on hardware
+            torch.cuda.manual_seed(seed)
+            return unbiased_attention(qkv, dropout)
     bias = bias or Bias()
-    return BiasedAttention.apply(qkv, bias.slope, bias.distance, bias.padding, dropout)
+    return BiasedAttention.apply(qkv, bias.slope, bias.distance, bias.padding, dropout, seed)
+
+
+def unbiased_attention(qkv: Tensor, dropout: float = 0.0) -> Tensor:
+    """torch's fused attention."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).flatten(2)
 
 
 def plain_attention(qkv: Tensor, bias: Bias | None = None) -> Tensor:
@@ -54,10 +73,15 @@ class BiasedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, qkv: Tensor, slope: Tensor | None, distance: Tensor | None, padding: Tensor | None, dropout: float
+        ctx: Any,
+        qkv: Tensor,
+        slope: Tensor | None,
+        distance: Tensor | None,
+        padding: Tensor | None,
+        dropout: float,
+        seed: int,
     ) -> Tensor:
         n, t, _, heads, width = qkv.shape
-        seed = int(torch.randint(2**62, ())) if dropout else 0  # the host's generator: nothing waits for the device
         out = qkv.new_empty(n, t, heads, width)
         with torch.autocast(qkv.device.type, enabled=False):
             for rows in _pieces(qkv):
@@ -101,7 +125,7 @@ class BiasedAttention(torch.autograd.Function):
             to_k = torch.bmm(low.transpose(1, 2), q).mul_(scale)
             for i, part in enumerate((to_q, to_k, to_v)):
                 to_qkv[rows, :, i].copy_(part.view(-1, heads, t, width).transpose(1, 2))
-        return to_qkv, to_slope, None, None, None
+        return to_qkv, to_slope, None, None, None, None
 
 
 def _pieces(qkv: Tensor) -> list[slice]:

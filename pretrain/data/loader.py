@@ -105,7 +105,7 @@ def build_loader(
     """
     loader: DataLoader[Batch] = DataLoader(
         dataset,  # type: ignore[arg-type]
-        batch_sampler=build_sampler(dataset, config, plan, world.rank, first_batch),
+        batch_sampler=build_sampler(dataset, config, plan, world.data_rank, first_batch),
         collate_fn=Collate(config.model, config.train.seed),
         num_workers=config.data.workers,
         pin_memory=world.device.type == "cuda",

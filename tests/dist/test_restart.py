@@ -12,15 +12,15 @@ import torch
 from tests.launch import TINY, assert_close, run, weights
 
 STEPS, EVERY = 24, 2
-Layout = tuple[int, int]  # ZeRO stage, ranks
-CHAIN: tuple[Layout, ...] = ((0, 1), (1, 2), (3, 4), (2, 1), (0, 2), (3, 1))
+Layout = tuple[int, int, int]  # ZeRO stage, ranks, and how many of them split a layer
+CHAIN: tuple[Layout, ...] = ((0, 1, 1), (1, 2, 1), (3, 4, 1), (2, 4, 2), (1, 2, 2), (3, 1, 1), (3, 4, 2), (0, 2, 2), (0, 1, 1))
 
 
 def train(folder: Path, layout: Layout) -> None:
-    stage, ranks = layout
-    mechanics = f"train.deepspeed=ds_configs/zero{stage}.json"
+    stage, ranks, tensor_parallel = layout
+    mechanics = [f"train.deepspeed=ds_configs/zero{stage}.json", f"train.tensor_parallel={tensor_parallel}"]
     every = [f"run.save_every={EVERY}", f"run.keep_last={STEPS}"]
-    run("pretrain", TINY, f"run.dir={folder}", f"train.steps={STEPS}", mechanics, *every, ranks=ranks)
+    run("pretrain", TINY, f"run.dir={folder}", f"train.steps={STEPS}", *mechanics, *every, ranks=ranks)
 
 
 def rewound(folder: Path, source: Path, step: int) -> Path:
@@ -39,7 +39,7 @@ def curve(folder: Path) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def unchanged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("unchanged") / "run"
-    train(folder, (1, 1))
+    train(folder, (1, 1, 1))
     return folder
 
 

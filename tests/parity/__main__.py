@@ -1,4 +1,4 @@
-"""python -m tests.parity DIR [--zero 0|1|2|3|1_offload...] [--ranks N]: how far we are from the authors' own numbers.
+"""python -m tests.parity DIR [--zero 0|1|2|3|1_offload...] [--ranks N] [--tp N]: how far from the authors' own numbers.
 
 DIR holds golden cases, <case>.json and <case>.safetensors; tests/parity/golden has those of set A. Exit status 1 if any
 bound is exceeded.
@@ -26,6 +26,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--zero", choices=ZERO, default="1", help="of ds_configs/zero*.json")
     parser.add_argument("--ranks", type=int, default=1, help="processes that share every batch")
+    parser.add_argument("--tp", type=int, default=1, help="of them, those that split every layer")
     args = parser.parse_args()
     if args.ranks > 1 and "RANK" not in os.environ:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.ranks}"]
@@ -35,7 +36,7 @@ def main() -> int:
     if not found:
         print(f"error: {args.folder} holds no case (a .json beside a .safetensors of the same name)", file=sys.stderr)
         return 2
-    world = parallel.start()
+    world = parallel.start(args.tp)
     failed = 0
     for path in found:
         for row in replay(path, args.zero, world):
@@ -49,6 +50,7 @@ def main() -> int:
     if world.is_main:
         verdict = f"{failed} bounds exceeded" if failed else "all within bounds"
         shared = f" on {world.size} ranks" if world.size > 1 else ""
+        shared += f", {args.tp} of them tensor-parallel" if args.tp > 1 else ""
         print(f"{len(found)} cases replayed at ZeRO {args.zero}{shared}: {verdict}")
     parallel.stop()
     return 1 if failed else 0

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.zero import GatheredParameters
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from safetensors.torch import load_file
@@ -21,6 +22,7 @@ import pretrain.train
 from models.config import ModelConfig
 from models.data2vec import Batch, Output
 from models.masks import gather_rows
+from models.split import split_of
 from pretrain.parallel import World
 from pretrain.train import Trainer
 from tests.parity.reference import our_config, renamed
@@ -56,7 +58,10 @@ def replay(path: Path, zero: str, world: World) -> list[Row]:
     rows: list[Row] = []
     for label, exempt in (("", True), ("_ascode", False)):
         config = our_config(case, float(golden["traj.lr"][0]), zero, exempt)
-        config = replace(config, train=replace(config.train, batch_size=world.size, micro_batch=1))
+        config = replace(
+            config,
+            train=replace(config.train, batch_size=world.data_ranks, micro_batch=1, tensor_parallel=world.tensor_ranks),
+        )
         weights = renamed(golden, "state.", "student") | renamed(golden, "teacher.", "teacher")
         trainer = Trainer(config, world, weights)
         if exempt:
@@ -101,13 +106,13 @@ def batch_of(golden: dict[str, Tensor], prefix: str, model: ModelConfig) -> Batc
 def share(batch: Batch, world: World) -> Batch:
     """This rank's part of a batch: some samples, or of one sample some masks. Parts may differ in size."""
     samples, masks = len(batch.inputs), len(batch.ids_mask) // len(batch.inputs)
-    if world.size <= samples:
-        own, views = np.array_split(np.arange(samples), world.size)[world.rank], np.arange(masks)
+    if world.data_ranks <= samples:
+        own, views = np.array_split(np.arange(samples), world.data_ranks)[world.data_rank], np.arange(masks)
     else:
-        groups = np.array_split(np.arange(world.size), samples)
-        sample, ranks = next((i, group) for i, group in enumerate(groups) if world.rank in group)
+        groups = np.array_split(np.arange(world.data_ranks), samples)
+        sample, ranks = next((i, group) for i, group in enumerate(groups) if world.data_rank in group)
         own = np.array([sample])
-        views = np.array_split(np.arange(masks), len(ranks))[world.rank - ranks[0]]
+        views = np.array_split(np.arange(masks), len(ranks))[world.data_rank - ranks[0]]
     rows = (own[:, None] * masks + views).ravel()
     lengths = None if batch.lengths is None else batch.lengths[own]
     seeds = tuple(batch.seeds[i] for i in own)
@@ -138,7 +143,8 @@ def first_step_forward(trainer: Trainer, golden: dict[str, Tensor]) -> list[Row]
         seen["target"] = model.targets(batch.inputs, features, batch.lengths)
         if model.student.alibi is not None:
             bias = model.student.bias(features, batch.ids_keep, None)
-            seen["alibi_bias"] = bias.slope[:, None, None] * bias.distance[:, None]
+            slope = whole("alibi.scale", bias.slope, trainer.world)
+            seen["alibi_bias"] = slope[:, None, None] * bias.distance[:, None]
         model(batch)
     for hook in hooks:
         hook.remove()
@@ -195,6 +201,7 @@ def final_weights(trainer: Trainer, golden: dict[str, Tensor], label: str) -> li
             sharded = trainer.engine.zero_optimization() and owner == "student"
             with GatheredParameters([parameter]):
                 value = safe_get_full_fp32_param(parameter) if sharded else parameter.detach().clone()
+            value = whole(name, value, trainer.world)
             difference = without_key_bias(name, value).cpu() - without_key_bias(name, expected)
             worst = max(worst, float(difference.abs().max()))
         rows.append(Row(prefix + "* (absolute)", worst, WEIGHTS))
@@ -212,7 +219,7 @@ def spied(trainer: Trainer, gradients: dict[str, Tensor]) -> Iterator[list[Outpu
         for name, parameter in engine.module.named_parameters():
             if parameter.requires_grad:
                 gradient = safe_get_full_grad(parameter) if engine.zero_optimization() else parameter.grad
-                gradients[name] = gradient.clone()
+                gradients[name] = whole(name, gradient.clone(), trainer.world)
         return original(engine)
 
     pretrain.train.optimizer_step = spy
@@ -221,6 +228,16 @@ def spied(trainer: Trainer, gradients: dict[str, Tensor]) -> Iterator[list[Outpu
     finally:
         pretrain.train.optimizer_step = original
         hook.remove()
+
+
+def whole(name: str, value: Tensor, world: World) -> Tensor:
+    """The parameter of which tensor-parallel ranks have slices."""
+    split = split_of(name, world.tensor_rank, world.tensor_ranks)
+    if split is None:
+        return value
+    slices = [torch.empty_like(value) for _ in range(world.tensor_ranks)]
+    dist.all_gather(slices, value.contiguous(), group=world.tensor_group)
+    return split.join(slices)
 
 
 def relative(value: Tensor, expected: Tensor) -> float:

@@ -223,7 +223,7 @@ def test_a_deepspeed_file_that_cannot_be_used(tmp_path, text, said):
     assert "zero0.json" in message(read_mechanics, str(tmp_path / "nowhere.json"))
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_deepspeed_gets_the_numbers_of_the_yaml(config, stage, precision):
     zero = f"train.deepspeed=ds_configs/zero{stage}.json"

@@ -90,7 +90,7 @@ def counted(config, samples=2):
 @pytest.mark.parametrize("config", [TINY, dataclasses.replace(TINY, prenet_depth=0), AUDIO, TEXT])
 def test_work_is_what_runs(config, monkeypatch):
     """Exactly: the counter knows matrix products and convolutions, and so does the plan."""
-    monkeypatch.setattr(encoder, "attention", lambda qkv, bias, dropout: plain_attention(qkv, bias))
+    monkeypatch.setattr(encoder, "attention", lambda qkv, bias, *dropout: plain_attention(qkv, bias))
     assert useful_work(config).total == counted(config)[1]
 
 
