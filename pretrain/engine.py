@@ -83,10 +83,12 @@ def engine_config(config: Config, plan: BatchPlan) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
     }
-    if precision == "fp16" and stage == 0 and config.train.tensor_parallel > 1:
-        raise ConfigError(  # that wrapper of DeepSpeed's adds up norms as if no layer were split
-            f"train.precision=fp16 with train.tensor_parallel={config.train.tensor_parallel} needs ZeRO 1, 2 or 3; set "
-            "train.deepspeed=ds_configs/zero1.json"
+    if precision != "fp32" and stage == 0 and config.train.tensor_parallel > 1:
+        # DeepSpeed's fp16 wrapper of stage 0 adds up norms as if no layer were split, and megatron-core's layers know
+        # autocast on GPUs alone.
+        raise ConfigError(
+            f"train.precision={precision} with train.tensor_parallel={config.train.tensor_parallel} needs ZeRO 1, 2 or "
+            "3; set train.deepspeed=ds_configs/zero1.json"
         )
     if precision == "bf16" and stage == 0:
         # DeepSpeed's bf16 wrapper of stage 0 keeps masters that nothing links to the parameters, and drifts. fp32

@@ -64,12 +64,32 @@ def run(module: str, *args: str, ranks: int = 1, status: int | None = 0) -> subp
 def weights(run_folder: Path) -> dict[str, torch.Tensor]:
     """Everything that the newest checkpoint holds, put together flat: `master/NAME`, `exp_avg/NAME`, `teacher/NAME`."""
     folder = run_folder / "checkpoints" / (run_folder / "checkpoints" / "latest").read_text().strip()
-    parts: dict[str, list[tuple[int, torch.Tensor]]] = {}
+    parts: dict[str, dict[str, list[tuple[int, torch.Tensor]]]] = {}
     for path in sorted(folder.glob("shard_*.safetensors")):
         with safe_open(path, "pt") as file:
             for name, place in file.metadata().items():
-                parts.setdefault(name, []).append((json.loads(place)[0], file.get_tensor(name)))
-    return {name: torch.cat([values for _, values in sorted(p, key=lambda x: x[0])]) for name, p in parts.items()}
+                start, shape, split = json.loads(place)
+                slices = parts.setdefault(name, {})
+                slices.setdefault(json.dumps([shape, split]), []).append((start, file.get_tensor(name)))
+    return {name: unsplit(slices) for name, slices in parts.items()}
+
+
+def unsplit(slices: dict[str, list[tuple[int, torch.Tensor]]]) -> torch.Tensor:
+    """A tensor, flat, of its pieces by shape and split: [dim, parts, rank, ranks] of tensor parallelism."""
+    whole = torch.empty(0)
+    for place, pieces in slices.items():
+        shape, split = json.loads(place)
+        own = torch.cat([values for _, values in sorted(pieces, key=lambda piece: piece[0])])
+        if split is None:
+            return own
+        dim, parts, rank, ranks = split
+        size = shape[dim] // parts
+        if not len(whole):
+            whole = torch.full([n * ranks if i == dim else n for i, n in enumerate(shape)], torch.nan)
+        for part in range(parts):
+            begin = (part * ranks + rank) * size
+            whole.narrow(dim, begin, size).copy_(own.view(shape).narrow(dim, part * size, size))
+    return whole.flatten()
 
 
 def assert_close(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], bound: float = 1e-5) -> None:

@@ -7,35 +7,13 @@ import json
 import signal
 from pathlib import Path
 
-import numpy as np
 import pytest
-import soundfile
 import torch
 
 from tests.dist.test_resume import assert_identical, progress, wait_for
 from tests.launch import assert_close, run, start, weights
 
 TINY = {"audio": "tests/tiny_audio.yaml", "text": "tests/tiny_text.yaml"}
-WORDS = "the state of the union is strong and the people of these united states are free and will stay so".split()
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """modality -> data.path: noise of 0.2 to 0.9 s at two rates, and a tokenised corpus."""
-    folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
-    (folder / "clips").mkdir()
-    for i in range(60):
-        rate = (16_000, 22_050)[i % 2]
-        noise = rng.normal(0, 0.1, int(rng.uniform(0.2, 0.9) * rate))
-        soundfile.write(folder / "clips" / f"{i:02d}.wav", noise, rate)
-    lines = [" ".join(rng.choice(WORDS, rng.integers(5, 30))) for _ in range(400)]
-    (folder / "text.txt").write_text("\n".join(lines))
-    tokenizer = folder / "spm.model"
-    run("pretrain.data.tokenizer", "train", str(folder / "text.txt"), "--vocabulary", "300", "--out", str(tokenizer))
-    run("pretrain.data.corpus", str(folder / "text.txt"), "--tokenizer", str(tokenizer), "--out", str(folder / "text"))
-    return {"audio": str(folder / "clips"), "text": str(folder / "text")}
-
-
 def trained(folder: Path, modality: str, path: str, ranks: int, stage: int, *more: str) -> dict[str, torch.Tensor]:
     mechanics = f"train.deepspeed=ds_configs/zero{stage}.json"
     run("pretrain", TINY[modality], f"data.path={path}", f"run.dir={folder}", mechanics, *more, ranks=ranks)
@@ -49,11 +27,14 @@ def without_dropout(modality: str) -> list[str]:
 
 @pytest.mark.parametrize("modality", ["audio", "text"])
 def test_same_weights_however_ranks_share_the_batch(tmp_path: Path, data: dict[str, str], modality: str) -> None:
-    off, path = without_dropout(modality), data[modality]
+    off, path = [*without_dropout(modality), "optim.clip_norm=0.1"], data[modality]
     small = ["train.micro_batch=2"] if modality == "text" else []  # of speech it decides which clips meet
     one = trained(tmp_path / "one", modality, path, 1, 0, *off)
     assert_close(trained(tmp_path / "two", modality, path, 2, 1, *off), one)
     assert_close(trained(tmp_path / "accumulated", modality, path, 2, 2, *off, *small), one)
+    for stage in (0, 1):
+        split = trained(tmp_path / f"split{stage}", modality, path, 2, stage, *off, "train.tensor_parallel=2")
+        assert_close(split, one)
 
 
 def test_layer_drop_trains_alike_at_every_stage(tmp_path: Path, data: dict[str, str]) -> None:
@@ -73,20 +54,26 @@ def test_layer_drop_is_the_same_on_all_ranks_and_dropout_is_not(tmp_path: Path, 
     assert len(set(seeds)) == len(seeds) == 2 * len(seen[0]["blocks"])
 
 
-@pytest.mark.parametrize(("modality", "stage", "precision"), [("audio", 0, "fp32"), ("audio", 3, "bf16"), ("text", 2, "bf16")])
-def test_stopped_and_continued(tmp_path: Path, data: dict[str, str], modality: str, stage: int, precision: str) -> None:
-    """With every dropout on: bit for bit the run that was never stopped, past the end of an epoch."""
+@pytest.mark.parametrize(
+    ("modality", "stage", "precision", "ranks"),
+    [("audio", 0, "fp32", 1), ("audio", 3, "bf16", 1), ("text", 2, "bf16", 2)],
+)
+def test_stopped_and_continued(
+    tmp_path: Path, data: dict[str, str], modality: str, stage: int, precision: str, ranks: int
+) -> None:
+    """With every dropout on: bit for bit the run that was never stopped, past the end of an epoch; on two ranks, which
+    split every layer, too."""
     common = [TINY[modality], f"data.path={data[modality]}", f"train.precision={precision}", "train.steps=24"]
-    common += [f"train.deepspeed=ds_configs/zero{stage}.json", "run.save_every=5"]
-    run("pretrain", *common, f"run.dir={tmp_path / 'whole'}")
+    common += [f"train.deepspeed=ds_configs/zero{stage}.json", "run.save_every=5", f"train.tensor_parallel={ranks}"]
+    run("pretrain", *common, f"run.dir={tmp_path / 'whole'}", ranks=ranks)
     folder = tmp_path / "stopped"
-    process = start("pretrain", *common, f"run.dir={folder}")
+    process = start("pretrain", *common, f"run.dir={folder}", ranks=ranks)
     wait_for(lambda: progress(folder) >= 3, process)
     process.send_signal(signal.SIGTERM)
     process.communicate()
-    assert process.returncode == 75
+    assert process.returncode == (75 if ranks == 1 else 1)  # torchrun's
     assert progress(folder) < 24
-    run("pretrain", *common, f"run.dir={folder}")
+    run("pretrain", *common, f"run.dir={folder}", ranks=ranks)
     assert_identical(folder, tmp_path / "whole")
 
 

@@ -14,13 +14,23 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 @pytest.mark.parametrize(
-    ("zero", "ranks"), [("0", 1), ("1", 1), ("2", 1), ("3", 1), ("0", 4), ("3", 2), ("2_offload", 2)]
+    ("zero", "ranks", "shared"), [("0 1 2 3", 1, ""), ("0 3 2_offload", 2, " on 2 ranks"), ("1 2", 4, " on 4 ranks")]
 )
-def test_golden_cases(zero: str, ranks: int) -> None:
-    done = run("tests.parity", str(GOLDEN), "--zero", zero, ranks=ranks)
-    shared = f" on {ranks} ranks" if ranks > 1 else ""
-    assert f"10 cases replayed at ZeRO {zero}{shared}: all within bounds" in done.stdout
-    assert done.stdout.count(" ok\n") > 240
+def test_golden_cases(zero: str, ranks: int, shared: str) -> None:
+    check(run("tests.parity", str(GOLDEN), "--zero", *zero.split(), ranks=ranks).stdout, zero, shared)
+
+
+def test_golden_cases_where_two_ranks_split_every_layer() -> None:
+    out = run("tests.parity", str(GOLDEN), "--zero", "0", "1", "2", "3", "--tp", "2", ranks=4).stdout
+    check(out, "0 1 2 3", " on 4 ranks, 2 of them tensor-parallel")
+    curves = [float(line.split("error")[1].split()[0]) for line in out.splitlines() if " traj.loss " in line]
+    assert len(curves) == 40 and max(curves) < 1e-5
+
+
+def check(out: str, zero: str, shared: str) -> None:
+    for stage in zero.split():
+        assert f"10 cases replayed at ZeRO {stage}{shared}: all within bounds" in out
+    assert out.count(" ok\n") > 240 * len(zero.split())
 
 
 @pytest.mark.parametrize(
