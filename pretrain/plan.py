@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from models.config import ModelConfig
 from models.data2vec import Data2Vec
 from pretrain.config import BatchPlan, Config, batch_plan
 from pretrain.engine import read_mechanics
+from pretrain.layout import Group, Zero, groups
 
 GIB = 2**30
 
@@ -105,17 +107,32 @@ LOCAL_WORK = {"image": image_work, "audio": audio_work, "text": text_work}
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank."""
+    """Bytes on one rank. The first four are exact: what is held when it is most, after the last backward pass or, of
+    stage 1's gradients, before they are reduced. The others come and go, and are estimates.
+
+    `host` is what of the four lies in the host's memory. `buffers` is what gradients are reduced in, `copies` what is
+    gathered of partitioned weights, or cast of them, while a micro-step runs, `stepping` what the optimizer's step
+    makes of the gradients, when activations and copies are gone.
+    """
 
     weights: float
     gradients: float
     optimizer: float
     teacher: float
+    host: float
+    buffers: float
+    copies: float
+    stepping: float
     activations: float
 
     @property
+    def states(self) -> float:
+        """What stays on the device."""
+        return self.weights + self.gradients + self.optimizer + self.teacher - self.host
+
+    @property
     def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.teacher + self.activations
+        return self.states + max(self.activations + self.buffers + self.copies, self.stepping)
 
 
 def parameter_counts(config: ModelConfig) -> dict[str, int]:
@@ -127,22 +144,112 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
     }
 
 
-def memory(config: Config, plan: BatchPlan, stage: int) -> Memory:
-    """An estimate for one rank, by ZeRO stage and precision; activations to about a tenth."""
-    counts = parameter_counts(config.model)
-    trained = counts["student"] + counts["decoder"]
-    low = 2 if config.train.precision != "fp32" and not (stage == 0 and config.train.precision == "bf16") else 4
-    shards = plan.ranks if stage >= 1 else 1
-    masters = 0 if stage == 0 and low == 4 else 4 * trained / shards
-    average = 0 if low == 4 else 4 * counts["teacher"] / shards
-    return Memory(
-        weights=low * (trained + counts["teacher"]) / (plan.ranks if stage >= 3 else 1),
-        gradients=low * trained / (plan.ranks if stage >= 2 else 1),
-        optimizer=masters + 8 * trained / shards,
-        teacher=average,
-        activations=samples(config.model, plan.micro_batch)
-        * ((2 if config.train.precision != "fp32" else 4) * saved_values(config.model) + dropout_masks(config.model)),
-    )
+def element_size(precision: str, stage: int) -> int:
+    """Bytes of a weight and of its gradient. Stage 0 computes in bf16 with fp32 weights (`pretrain.engine`)."""
+    return 4 if precision == "fp32" or (precision == "bf16" and stage == 0) else 2
+
+
+def memory(config: Config, plan: BatchPlan, zero: Zero, tensor_parallel: int = 1, rank: int | None = None) -> Memory:
+    """What data-parallel `rank` holds, or the rank that holds most: the first four within 5% (`benchmarks.memory`),
+    activations to about a tenth."""
+    layout = groups(config.model, config.optim, tensor_parallel)
+    held = _unsharded if zero.stage == 0 else _partitioned if zero.stage == 3 else _flat
+    every = range(plan.ranks) if rank is None else [rank]
+    low = element_size(config.train.precision, zero.stage)
+    computed = 4 if config.train.precision == "fp32" else 2
+    states = held(layout, low, plan, zero, every)
+    if config.train.precision == "bf16" and zero.stage == 0:  # autocast's, kept for the backward pass
+        states["copies"] = 2 * sum(group.total for group in layout)
+    values = computed * saved_values(config.model, tensor_parallel) + dropout_masks(config.model)
+    return Memory(**states, activations=samples(config.model, plan.micro_batch) * values)
+
+
+def _unsharded(
+    layout: Sequence[Group], low: int, plan: BatchPlan, zero: Zero, every: Sequence[int]
+) -> dict[str, float]:
+    """fp16 keeps masters, and makes fp32 gradients of all of them for a step."""
+    trained, teacher = (sum(group.total for group in which) for which in _both(layout))
+    masters, average = (4 * trained, 4 * teacher) if low == 2 else (0, 0)
+    return {
+        "weights": low * trained,
+        "gradients": low * trained,
+        "optimizer": masters + 8 * trained,
+        "teacher": low * teacher + average,
+        "host": 0,
+        "buffers": 0,
+        "copies": 0,
+        "stepping": masters,
+    }
+
+
+def _flat(layout: Sequence[Group], low: int, plan: BatchPlan, zero: Zero, every: Sequence[int]) -> dict[str, float]:
+    """Stages 1 and 2: flat buffers of weights, and of the teacher's; shards of masters, moments and averages.
+
+    Stage 1 has all gradients until they are reduced; stage 2 those of the parameters that a shard touches, whole, so
+    that a large table weighs on every rank that has some of it.
+    """
+    ranks = plan.ranks
+    trained, teacher = (sum(group.flat(ranks) for group in which) for which in _both(layout))
+    shard, largest = trained // ranks, max(max(group.sizes) for group in layout)
+    touched = max(sum(group.touched(ranks, rank) for group in layout) for rank in every)
+    average = 4 * teacher / ranks if low == 2 or zero.offload else 0  # in fp32 it is a view of the teacher's buffer
+    gradients = low * (sum(group.total for group in layout) if zero.stage == 1 else 0 if zero.offload else touched)
+    host: float = 0
+    if zero.offload:  # masters, moments, their fp32 gradients and averages; weights and gradients in transit
+        accumulated = touched if plan.accumulation > 1 else 0
+        transit = low * (shard + largest + accumulated) + 4 * shard
+        host = 12 * shard + transit + average
+        gradients += transit + low * largest
+    group = max(group.flat(ranks) // ranks for group in layout)
+    return {
+        "weights": low * trained,
+        "gradients": gradients,
+        "optimizer": 12 * shard,
+        "teacher": low * teacher + average,
+        "host": host,
+        "buffers": low * zero.reduce_bucket * zero.buckets,
+        "copies": 0,
+        "stepping": 0 if zero.offload else (4 if low == 4 else 4 + low) * group,
+    }
+
+
+def _partitioned(
+    layout: Sequence[Group], low: int, plan: BatchPlan, zero: Zero, every: Sequence[int]
+) -> dict[str, float]:
+    """Stage 3: partitions of everything, and whole what is small. What the backward pass soon needs again stays
+    gathered after the forward pass."""
+    ranks = plan.ranks
+    trained, teacher = (sum(group.partition(ranks) for group in which) for which in _both(layout))
+    small, gathered = gathered_at_stage3(layout, zero, ranks)
+    average = 4 * teacher if low == 2 or zero.offload else 0  # in fp32 the teacher's partitions are views of it
+    transit = (4 + low) * trained if zero.offload else 0
+    group = min(max(group.partition(ranks) for group in layout), zero.sub_group)
+    return {
+        "weights": low * (trained + small),
+        "gradients": transit or low * trained,
+        "optimizer": 12 * trained,
+        "teacher": low * teacher + average,
+        "host": 12 * trained + transit + average if zero.offload else 0,
+        "buffers": low * zero.reduce_bucket,
+        "copies": low * gathered,
+        "stepping": low * zero.reduce_bucket + (0 if zero.offload else (4 if low == 4 else 4 + low) * group),
+    }
+
+
+def _both(layout: Sequence[Group]) -> tuple[list[Group], list[Group]]:
+    """What is trained, and what of it the teacher averages."""
+    return list(layout), [group for group in layout if group.tracked]
+
+
+def gathered_at_stage3(layout: Sequence[Group], zero: Zero, ranks: int) -> tuple[int, int]:
+    """Elements of trained parameters that stay gathered for good, and that are gathered at most besides: those that
+    come again within the reuse distance, and what is fetched ahead. With one rank nothing is."""
+    if ranks == 1:
+        return 0, 0
+    sizes = [size for group in layout for size in group.sizes]
+    small = sum(size for size in sizes if size <= zero.persistence)
+    large = sum(sizes) - small
+    return small, min(large, zero.reuse // 2 + zero.prefetch)
 
 
 def samples(config: ModelConfig, amount: int) -> int:
@@ -150,8 +257,8 @@ def samples(config: ModelConfig, amount: int) -> int:
     return max(1, amount // config.sample_size)
 
 
-def saved_values(config: ModelConfig) -> float:
-    """Numbers kept for the backward pass of one sample with its masks."""
+def saved_values(config: ModelConfig, tensor_parallel: int = 1) -> float:
+    """Numbers that one rank keeps for the backward pass of one sample with its masks."""
     width, t, m = config.width, config.positions, config.num_masks
     hidden = config.mask.hidden(t)
     tokens = m * (t - hidden + config.extra_tokens)
@@ -159,8 +266,8 @@ def saved_values(config: ModelConfig) -> float:
     # A convolution of the positions keeps what one of the decoder does.
     positions = 3 * m * t * width * config.audio.position_layers if config.modality == "audio" else 0
     # A block keeps: its input (qkv's), q, k, v, attention's output, the sum into norm1, norm1's output, the hidden
-    # layer before and after GELU, the sum into norm2.
-    block = tokens * width * (8 + 2 * config.mlp_ratio)
+    # layer before and after GELU, the sum into norm2. Half of the eight are split over tensor-parallel ranks.
+    block = tokens * width * (4 + (4 + 2 * config.mlp_ratio) / tensor_parallel)
     # A decoder layer keeps: its input, the convolution's output and the normalised values.
     decoder = m * t * config.decoder.width * 3 * config.decoder.layers
     if last_at_hidden(config):  # windows for the input, and all else at hidden positions
@@ -180,8 +287,8 @@ def dropout_masks(config: ModelConfig) -> float:
 def describe(config: Config, ranks: int) -> str:
     """The text of --dry-run."""
     plan = batch_plan(config.train, ranks)
-    stage = read_mechanics(config.train.deepspeed).get("zero_optimization", {}).get("stage", 0)
-    counts, work, use = parameter_counts(config.model), useful_work(config.model), memory(config, plan, stage)
+    zero = Zero.of(read_mechanics(config.train.deepspeed))
+    counts, work, use = parameter_counts(config.model), useful_work(config.model), memory(config, plan, zero)
     model, train = config.model, config.train
     batch = samples(model, train.batch_size)
     unit = (
@@ -201,9 +308,12 @@ def describe(config: Config, ranks: int) -> str:
         f"run          {train.steps:,} steps, {train.steps * batch:,} {model.unit}",
         f"matrix work  {work.total / 1e12:.3g} TFLOP a sample, {work.total * batch / 1e12:.3g} a step, "
         f"{work.total * batch * train.steps / 1e18:.3g} EFLOP in all",
-        f"memory       {use.total / GIB:.2f} GiB a rank at ZeRO {stage}, {train.precision} (estimate): weights "
+        f"memory       {use.total / GIB:.2f} GiB a rank at ZeRO {zero.stage}, {train.precision}: weights "
         f"{use.weights / GIB:.2f}, gradients {use.gradients / GIB:.2f}, optimizer {use.optimizer / GIB:.2f}, teacher "
-        f"average {use.teacher / GIB:.2f}, activations {use.activations / GIB:.2f}",
+        f"{use.teacher / GIB:.2f}; and the larger of {(use.activations + use.buffers + use.copies) / GIB:.2f} in a "
+        f"micro-step (activations {use.activations / GIB:.2f}, reduce buckets {use.buffers / GIB:.2f}, gathered or cast "
+        f"weights {use.copies / GIB:.2f}) and {use.stepping / GIB:.2f} in the optimizer's"
+        + (f"; of the first four {use.host / GIB:.2f} in the host's memory" if use.host else ""),
     ]
     lines.append(f"checkpoints  every {config.run.save_every} steps into {config.run.dir}/checkpoints/step_*")
     return "\n".join(lines)

@@ -1,0 +1,122 @@
+"""How parameters lie on the ranks: tensor-parallel shares, ZeRO's flat buffers, partitions and reduce buckets.
+
+Counts of elements only, of a model on the meta device, as DeepSpeed 0.19 lays parameters out.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from models.config import ModelConfig
+from models.data2vec import Data2Vec
+from pretrain.config import OptimConfig
+from pretrain.optim import parameter_groups
+
+# What tensor parallelism splits, by output rows, by input columns or by heads; all else is whole on every rank.
+SPLIT = (
+    *("attn.qkv.weight", "attn.qkv.bias", "mlp.fc1.weight", "mlp.fc1.bias"),
+    *("attn.proj.weight", "mlp.fc2.weight", "alibi.scale"),
+)
+
+
+@dataclass(frozen=True)
+class Zero:
+    """What a DeepSpeed JSON decides of memory and traffic; sizes count elements."""
+
+    stage: int
+    offload: bool = False  # optimizer, masters and the teacher's averages lie in the host's memory
+    reduce_bucket: int = 500_000_000
+    buckets: int = 1  # two where reduction overlaps the backward pass
+    persistence: int = 100_000  # stage 3 keeps smaller parameters gathered
+    reuse: int = 1_000_000_000  # and those that come again within so many elements
+    prefetch: int = 50_000_000
+    sub_group: int = 1_000_000_000
+
+    @classmethod
+    def of(cls, mechanics: Mapping[str, Any]) -> Zero:
+        """Reads what `pretrain.engine.read_mechanics` returns."""
+        section = mechanics.get("zero_optimization", {})
+        stage = section.get("stage", 0)
+
+        def number(key: str, default: int) -> int:
+            return int(section.get(f"stage3_{key}", section.get(key, default)))
+
+        return cls(
+            stage,
+            section.get("offload_optimizer", {}).get("device", "none") == "cpu",
+            number("reduce_bucket_size", cls.reduce_bucket),
+            2 if stage in (1, 2) and section.get("overlap_comm") else 1,
+            number("param_persistence_threshold", cls.persistence),
+            number("max_reuse_distance", cls.reuse),
+            number("prefetch_bucket_size", cls.prefetch),
+            number("sub_group_size", cls.sub_group),
+        )
+
+
+@dataclass(frozen=True)
+class Group:
+    """The parameters of one of the optimizer's groups, as one tensor-parallel rank holds them."""
+
+    sizes: tuple[int, ...]  # elements of each, in the optimizer's order
+    tracked: bool  # the teacher averages them
+
+    @property
+    def total(self) -> int:
+        return sum(self.sizes)
+
+    def flat(self, ranks: int) -> int:
+        """Stages 1 and 2: the flat buffer, padded so that `ranks` shards are equal and even."""
+        return -(-self.total // (2 * ranks)) * 2 * ranks
+
+    def partition(self, ranks: int) -> int:
+        """Stage 3: a rank's partitions, each parameter's rounded up."""
+        return sum(-(-size // ranks) for size in self.sizes)
+
+    def touched(self, ranks: int, rank: int) -> int:
+        """Stages 1 and 2: all elements of the parameters of which the shard of `rank` holds at least one."""
+        ends = list(accumulate(self.sizes, initial=0))
+        shard = self.flat(ranks) // ranks
+        first = bisect_right(ends, rank * shard) - 1
+        last = bisect_left(ends, min((rank + 1) * shard, self.total))
+        return ends[max(first, last)] - ends[first]
+
+
+def tensor_parallel_size(name: str, size: int, ranks: int) -> int:
+    """Elements that one of `ranks` tensor-parallel ranks holds of a parameter of `size`."""
+    return size // ranks if name.endswith(SPLIT) else size
+
+
+def groups(model: ModelConfig, optim: OptimConfig, tensor_parallel: int = 1) -> tuple[Group, ...]:
+    """The optimizer's groups. What is tracked is at the same time the teacher, which has the same shapes."""
+    return tuple(
+        Group(tuple(tensor_parallel_size(*parameter, tensor_parallel) for parameter in parameters), tracked)
+        for parameters, tracked in _groups(model, optim)
+    )
+
+
+@lru_cache(maxsize=8)
+def _groups(model: ModelConfig, optim: OptimConfig) -> list[tuple[list[tuple[str, int]], bool]]:
+    with torch.device("meta"):
+        net = Data2Vec(model)
+    names = {id(parameter): name for name, parameter in net.named_parameters()}
+    return [
+        ([(names[id(p)], p.numel()) for p in group["params"]], group["tracked"])
+        for group in parameter_groups(net, optim)
+    ]
+
+
+def refusal(model: ModelConfig, tensor_parallel: int) -> str | None:
+    """Why a model cannot be split over so many ranks, and which numbers would do; None if it can."""
+    hidden = int(model.width * model.mlp_ratio)
+    for what, count in ((f"model.heads={model.heads}", model.heads), (f"an MLP of width {hidden}", hidden)):
+        if count % tensor_parallel:
+            fitting = [n for n in (1, 2, 3, 4, 6, 8, 12, 16) if model.heads % n == 0 == hidden % n]
+            return f"{what} does not split {tensor_parallel} ways; {', '.join(map(str, fitting))} would"
+    return None
