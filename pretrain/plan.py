@@ -311,8 +311,8 @@ def describe(config: Config, ranks: int) -> str:
         f"memory       {use.total / GIB:.2f} GiB a rank at ZeRO {zero.stage}, {train.precision}: weights "
         f"{use.weights / GIB:.2f}, gradients {use.gradients / GIB:.2f}, optimizer {use.optimizer / GIB:.2f}, teacher "
         f"{use.teacher / GIB:.2f}; and the larger of {(use.activations + use.buffers + use.copies) / GIB:.2f} in a "
-        f"micro-step (activations {use.activations / GIB:.2f}, reduce buckets {use.buffers / GIB:.2f}, gathered or cast "
-        f"weights {use.copies / GIB:.2f}) and {use.stepping / GIB:.2f} in the optimizer's"
+        f"micro-step (activations {use.activations / GIB:.2f}, reduce buckets {use.buffers / GIB:.2f}, gathered or "
+        f"cast weights {use.copies / GIB:.2f}) and {use.stepping / GIB:.2f} in the optimizer's"
         + (f"; of the first four {use.host / GIB:.2f} in the host's memory" if use.host else ""),
     ]
     lines.append(f"checkpoints  every {config.run.save_every} steps into {config.run.dir}/checkpoints/step_*")

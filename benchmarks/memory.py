@@ -1,0 +1,257 @@
+"""python -m benchmarks.memory [--zero 0 1 2 3] [--ranks 1 2 4] [section.key=value ...]: what each rank really holds.
+
+Starts real ranks, trains two steps, and walks the tensors that are alive: bytes of weights, gradients, optimizer and
+teacher, beside what `pretrain.plan.memory` expects. Exit status 1 if any two are more than 5% apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+import pretrain.train
+from benchmarks.step import ROOT, random_batches
+from pretrain import parallel
+from pretrain.config import PRECISIONS, Config, ConfigError, load
+from pretrain.engine import read_mechanics
+from pretrain.layout import Zero
+from pretrain.parallel import World
+from pretrain.pieces import stretches
+from pretrain.plan import memory
+from pretrain.train import Trainer
+
+TOLERANCE = 0.05
+# Wide enough for parameters that ZeRO 3 partitions, and for padding to be small.
+MODEL = ("model.width=256", "model.depth=3", "train.micro_batch=1", "run.dir=unused")
+# Where ZeRO's optimizers keep gradients, or room for them; not all exist at every stage.
+GRADIENTS = (
+    *("averaged_gradients", "all_grad_tensors", "grads_in_partition", "grad_partitions_flat_buffer"),
+    *("temp_grad_buffer_for_cpu_offload", "temp_grad_buffer_for_gpu_offload", "accumulated_grads_in_cpu"),
+    "param_buffer_of_bit16_for_cpu_offload_groups",
+)
+OTHER = "other"
+
+
+class Line(NamedTuple):
+    """Bytes of one category on one rank."""
+
+    zero: str
+    precision: str
+    ranks: int
+    rank: int
+    category: str
+    expected: float
+    measured: float
+
+    @property
+    def apart(self) -> bool:
+        if self.category == OTHER:  # what no category explains; here `expected` is all that is held
+            return self.measured > TOLERANCE * self.expected
+        return abs(self.measured - self.expected) > TOLERANCE * self.expected
+
+
+def tensors(found: Any) -> Iterator[Tensor]:
+    """Tensors in nested containers."""
+    if isinstance(found, Tensor):
+        yield found
+    elif isinstance(found, dict):
+        for value in found.values():
+            yield from tensors(value)
+    elif isinstance(found, list | tuple | set):
+        for value in found:
+            yield from tensors(value)
+
+
+def storages(found: Iterable[Any]) -> dict[int, int]:
+    """Address -> bytes of every storage behind tensors, however many of them share it."""
+    each = (tensor.untyped_storage() for tensor in tensors(list(found)) if tensor.device.type != "meta")
+    return {storage.data_ptr(): storage.nbytes() for storage in each if storage.nbytes()}
+
+
+def alive() -> dict[int, int]:
+    """Storages of all tensors that Python knows of."""
+    return storages([thing for thing in gc.get_objects() if type(thing) in (Tensor, torch.nn.Parameter)])
+
+
+def held(trainer: Trainer, before: dict[int, int]) -> dict[str, int]:
+    """Bytes by category, each storage in the first that has it; but for those that were there `before`."""
+    engine, optimizer = trainer.engine, trainer.engine.optimizer
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    masters = list({id(s.tensor): s.tensor for s in stretches(engine)}.values())
+    kept = [getattr(optimizer, name, None) for name in GRADIENTS]
+    buckets = [bucket.buffer for bucket in getattr(optimizer, "ipg_buckets", {}).values()]
+    found = {
+        "buffers": storages(buckets),
+        "weights": storages([p.data, getattr(p, "ds_tensor", None)] for p in trained),
+        "teacher": storages([
+            trainer.teacher.averages,
+            *([p.data, getattr(p, "ds_tensor", None)] for p in trainer.model.teacher.parameters()),
+        ]),
+        "optimizer": storages([masters, list(engine.basic_optimizer.state.values())]),
+        "gradients": storages([*kept, *([p.grad, getattr(p, "grad_accum", None)] for p in trained)])
+        | storages(master.grad for master in masters),
+        OTHER: alive(),
+    }  # fmt: skip
+    seen, out = dict(before), {}
+    for category, addresses in found.items():
+        out[category] = sum(size for address, size in addresses.items() if address not in seen)
+        seen |= addresses
+    return out
+
+
+def measure(config: Config, world: World, zero: str) -> list[Line]:
+    """Expected and measured bytes of this rank: of each category the most that is held at once, looked at before
+    gradients are reduced and before the optimizer's step."""
+    gc.collect()
+    before = alive()
+    trainer = Trainer(config, world)
+    batches, most = random_batches(config, trainer), dict[str, int]()
+
+    def looking(function: Callable[..., Any]) -> Callable[..., Any]:
+        def look(*args: Any, **kwargs: Any) -> Any:
+            for category, size in held(trainer, before).items():
+                most[category] = max(most.get(category, 0), size)
+            return function(*args, **kwargs)
+
+        return look
+
+    while trainer.state.step < 1:  # fp16 looks for its scale first
+        trainer.step(next(batches))
+    with ExitStack() as stack:
+        for owner, name in ((trainer.engine, "allreduce_gradients"), (pretrain.train, "optimizer_step")):
+            stack.enter_context(patch.object(owner, name, looking(getattr(owner, name))))
+        trainer.step(next(batches))
+    mechanics = Zero.of(read_mechanics(config.train.deepspeed))
+    expected = vars(memory(config, trainer.plan, mechanics, rank=world.rank))
+    states = sum(expected[category] for category in most if category not in (OTHER, "buffers"))
+    trainer.engine.destroy()
+    return [
+        Line(
+            *(zero, config.train.precision, world.size, world.rank, category),
+            *(states if category == OTHER else expected[category], size),
+        )
+        for category, size in most.items()
+    ]
+
+
+def work(args: argparse.Namespace, folder: Path) -> None:
+    """One of several ranks: all stages and precisions in turn."""
+    world = parallel.start()
+    lines = []
+    for zero in args.zero:
+        for precision in args.precision:
+            config = configured(args, zero, precision, world.size)
+            lines += measure(config, world, zero)
+    (folder / f"rank{world.rank}.json").write_text(json.dumps(lines))
+    parallel.stop()
+
+
+def configured(args: argparse.Namespace, zero: str, precision: str, ranks: int) -> Config:
+    """Two micro-steps, so that gradients accumulate."""
+    path = ROOT / "configs" / "pretrain" / f"{args.preset}.yaml"
+    ours = [f"train.precision={precision}", f"train.deepspeed=ds_configs/zero{zero}.json"]
+    config = load(path, [*MODEL, *ours, *args.overrides])
+    return load(
+        path, [*MODEL, *ours, *args.overrides, f"train.batch_size={2 * ranks * (config.train.micro_batch or 1)}"]
+    )
+
+
+def launch(arguments: list[str], ranks: int, timeout: float) -> list[Line]:
+    """Runs this module under torchrun. Raises RuntimeError with its last words if it fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        process = subprocess.Popen(
+            [sys.executable, *launcher, "-m", "benchmarks.memory", f"--work={folder}", *arguments],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            text=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        try:
+            _, errors = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise RuntimeError(f"{ranks} ranks were not done after {timeout:g} s") from None
+        if process.returncode:
+            raise RuntimeError(f"{ranks} ranks failed:\n{errors[-4000:]}")
+        files = sorted(Path(folder).glob("rank*.json"))
+        return [Line(*line) for file in files for line in json.loads(file.read_text())]
+
+
+def table(lines: list[Line]) -> str:
+    """A row for each stage, precision, number of ranks and category: the rank that is furthest off."""
+    worst: dict[tuple[Any, ...], Line] = {}
+    for line in lines:
+        key = (line.zero, line.precision, line.ranks, line.category)
+        worst[key] = max(worst.get(key, line), line, key=lambda one: abs(one.measured - one.expected))
+    rows = [f"{'ZeRO':10} {'precision':9} {'ranks':>5} {'category':10} {'expected':>14} {'measured':>14} {'ratio':>7}"]
+    for line in worst.values():
+        if line.category == OTHER:
+            expected, ratio = "-", f"{line.measured / line.expected:7.2%}"
+        elif line.expected == line.measured == 0:
+            continue
+        else:
+            expected, ratio = (
+                f"{line.expected:,.0f}",
+                f"{line.measured / line.expected:7.4f}" if line.expected else "inf",
+            )
+        rows.append(
+            f"{line.zero:10} {line.precision:9} {line.ranks:5} {line.category:10} {expected:>14} {line.measured:14,} "
+            f"{ratio:>7}" + ("  more than 5% apart" if line.apart else "")
+        )
+    return "\n".join(
+        [*rows, "bytes on the rank that is furthest off; 'other' is what no category explains, as a share"]
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser("benchmarks.memory", description="Expected and measured bytes of every rank.")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--preset", default="image_demo", help="a configuration of configs/pretrain, without .yaml")
+    parser.add_argument(
+        "--zero", nargs="+", default=["0", "1", "2", "3"], help="zero*.json of ds_configs: 0, 2_offload"
+    )
+    parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4])
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS[:2], default=list(PRECISIONS[:2]))
+    parser.add_argument("--timeout", type=float, default=900, help="seconds for one number of ranks")
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_intermixed_args()
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if args.work:
+        work(args, args.work)
+        return 0
+    try:
+        for zero in args.zero:
+            configured(args, zero, args.precision[0], max(args.ranks))
+            read_mechanics(f"ds_configs/zero{zero}.json")
+        passed = [
+            *(f"--preset={args.preset}", "--zero", *args.zero, "--precision", *args.precision),
+            *args.overrides,
+        ]
+        lines = [line for ranks in args.ranks for line in launch(passed, ranks, args.timeout)]
+    except (ConfigError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(table(lines))
+    return int(any(line.apart for line in lines))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
