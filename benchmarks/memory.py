@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -27,7 +28,7 @@ from torch import Tensor
 import pretrain.train
 from benchmarks.step import ROOT, random_batches
 from pretrain import parallel
-from pretrain.config import PRECISIONS, Config, ConfigError, load
+from pretrain.config import PRECISIONS, Config, ConfigError, data_ranks, load
 from pretrain.engine import read_mechanics
 from pretrain.layout import Zero
 from pretrain.parallel import World
@@ -124,6 +125,7 @@ def measure(config: Config, world: World, zero: str) -> list[Line]:
 
     def looking(function: Callable[..., Any]) -> Callable[..., Any]:
         def look(*args: Any, **kwargs: Any) -> Any:
+            gc.collect()  # or what has been dropped is alive
             for category, size in held(trainer, before).items():
                 most[category] = max(most.get(category, 0), size)
             return function(*args, **kwargs)
@@ -137,7 +139,7 @@ def measure(config: Config, world: World, zero: str) -> list[Line]:
             stack.enter_context(patch.object(owner, name, looking(getattr(owner, name))))
         trainer.step(next(batches))
     mechanics = Zero.of(read_mechanics(config.train.deepspeed))
-    expected = vars(memory(config, trainer.plan, mechanics, rank=world.rank))
+    expected = vars(memory(config, trainer.plan, mechanics, rank=world.data_rank))
     states = sum(expected[category] for category in most if category not in (OTHER, "buffers"))
     trainer.engine.destroy()
     return [
@@ -151,12 +153,12 @@ def measure(config: Config, world: World, zero: str) -> list[Line]:
 
 def work(args: argparse.Namespace, folder: Path) -> None:
     """One of several ranks: all stages and precisions in turn."""
-    world = parallel.start()
+    world = parallel.start(args.tensor_parallel)
     lines = []
-    for zero in args.zero:
-        for precision in args.precision:
-            config = configured(args, zero, precision, world.size)
-            lines += measure(config, world, zero)
+    for zero, precision in product(args.zero, args.precision):
+        # Where the host's memory is the device's, fp32 averages need no copy of their own.
+        if precision != "fp32" or not zero.endswith("offload"):
+            lines += measure(configured(args, zero, precision, world.size), world, zero)
     (folder / f"rank{world.rank}.json").write_text(json.dumps(lines))
     parallel.stop()
 
@@ -164,11 +166,10 @@ def work(args: argparse.Namespace, folder: Path) -> None:
 def configured(args: argparse.Namespace, zero: str, precision: str, ranks: int) -> Config:
     """Two micro-steps, so that gradients accumulate."""
     path = ROOT / "configs" / "pretrain" / f"{args.preset}.yaml"
-    ours = [f"train.precision={precision}", f"train.deepspeed=ds_configs/zero{zero}.json"]
-    config = load(path, [*MODEL, *ours, *args.overrides])
-    return load(
-        path, [*MODEL, *ours, *args.overrides, f"train.batch_size={2 * ranks * (config.train.micro_batch or 1)}"]
-    )
+    ours = [*MODEL, f"train.precision={precision}", f"train.deepspeed=ds_configs/zero{zero}.json"]
+    ours += [f"train.tensor_parallel={args.tensor_parallel}", *args.overrides]
+    size = 2 * data_ranks(ranks, args.tensor_parallel) * (load(path, ours).train.micro_batch or 1)
+    return load(path, [*ours, f"train.batch_size={size}"])
 
 
 def launch(arguments: list[str], ranks: int, timeout: float) -> list[Line]:
@@ -229,6 +230,7 @@ def main() -> int:
         "--zero", nargs="+", default=["0", "1", "2", "3"], help="zero*.json of ds_configs: 0, 2_offload"
     )
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4])
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="ranks of them that split every layer")
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS[:2], default=list(PRECISIONS[:2]))
     parser.add_argument("--timeout", type=float, default=900, help="seconds for one number of ranks")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
@@ -243,7 +245,7 @@ def main() -> int:
             read_mechanics(f"ds_configs/zero{zero}.json")
         passed = [
             *(f"--preset={args.preset}", "--zero", *args.zero, "--precision", *args.precision),
-            *args.overrides,
+            *(f"--tensor-parallel={args.tensor_parallel}", *args.overrides),
         ]
         lines = [line for ranks in args.ranks for line in launch(passed, ranks, args.timeout)]
     except (ConfigError, RuntimeError) as error:

@@ -16,14 +16,9 @@ import torch
 
 from models.config import ModelConfig
 from models.data2vec import Data2Vec
-from pretrain.config import OptimConfig
+from models.split import split_of
+from pretrain.config import Config, OptimConfig
 from pretrain.optim import parameter_groups
-
-# What tensor parallelism splits, by output rows, by input columns or by heads; all else is whole on every rank.
-SPLIT = (
-    *("attn.qkv.weight", "attn.qkv.bias", "mlp.fc1.weight", "mlp.fc1.bias"),
-    *("attn.proj.weight", "mlp.fc2.weight", "alibi.scale"),
-)
 
 
 @dataclass(frozen=True)
@@ -88,16 +83,12 @@ class Group:
         return ends[max(first, last)] - ends[first]
 
 
-def tensor_parallel_size(name: str, size: int, ranks: int) -> int:
-    """Elements that one of `ranks` tensor-parallel ranks holds of a parameter of `size`."""
-    return size // ranks if name.endswith(SPLIT) else size
-
-
-def groups(model: ModelConfig, optim: OptimConfig, tensor_parallel: int = 1) -> tuple[Group, ...]:
+def groups(config: Config) -> tuple[Group, ...]:
     """The optimizer's groups. What is tracked is at the same time the teacher, which has the same shapes."""
+    ranks = config.train.tensor_parallel
     return tuple(
-        Group(tuple(tensor_parallel_size(*parameter, tensor_parallel) for parameter in parameters), tracked)
-        for parameters, tracked in _groups(model, optim)
+        Group(tuple(size // ranks if split_of(name, 0, ranks) else size for name, size in parameters), tracked)
+        for parameters, tracked in _groups(config.model, config.optim)
     )
 
 
@@ -110,13 +101,3 @@ def _groups(model: ModelConfig, optim: OptimConfig) -> list[tuple[list[tuple[str
         ([(names[id(p)], p.numel()) for p in group["params"]], group["tracked"])
         for group in parameter_groups(net, optim)
     ]
-
-
-def refusal(model: ModelConfig, tensor_parallel: int) -> str | None:
-    """Why a model cannot be split over so many ranks, and which numbers would do; None if it can."""
-    hidden = int(model.width * model.mlp_ratio)
-    for what, count in ((f"model.heads={model.heads}", model.heads), (f"an MLP of width {hidden}", hidden)):
-        if count % tensor_parallel:
-            fitting = [n for n in (1, 2, 3, 4, 6, 8, 12, 16) if model.heads % n == 0 == hidden % n]
-            return f"{what} does not split {tensor_parallel} ways; {', '.join(map(str, fitting))} would"
-    return None

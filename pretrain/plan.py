@@ -26,6 +26,7 @@ class Work:
     teacher: float
     student: float  # forward and backward
     decoder: float  # forward and backward
+    blocks: float  # what of teacher and student tensor parallelism splits; all else every rank computes
 
     @property
     def total(self) -> float:
@@ -36,7 +37,6 @@ def useful_work(config: ModelConfig) -> Work:
     """The matrix work that the method needs, with nothing recomputed: what speed is measured against."""
     width, t, m = config.width, config.positions, config.num_masks
     hidden = config.mask.hidden(t)
-    visible = t - hidden + config.extra_tokens
     blocks = config.prenet_depth + config.depth
 
     def encoder(tokens: int) -> float:
@@ -54,12 +54,19 @@ def useful_work(config: ModelConfig) -> Work:
         into = 2 * widths[-1] * (widths[-1] + width)
     local = LOCAL_WORK[config.modality](config)
     # No gradient is needed with respect to inputs: the first layer counts twice, not thrice.
+    teacher, student = encoder(t + config.extra_tokens), 3 * m * encoder(visible_tokens(config))
     return Work(
         2 * local.first + 3 * local.others,
-        encoder(t + config.extra_tokens) + local.teacher + local.positions,
-        3 * m * (encoder(visible) + local.positions),
+        teacher + local.teacher + local.positions,
+        student + 3 * m * local.positions,
         3 * m * (sum(convolutions) + 2 * hidden * into),
+        teacher + student,
     )
+
+
+def visible_tokens(config: ModelConfig) -> int:
+    """What the student's blocks see of one masked view."""
+    return config.positions - config.mask.hidden(config.positions) + config.extra_tokens
 
 
 def last_at_hidden(config: ModelConfig) -> bool:
@@ -149,10 +156,10 @@ def element_size(precision: str, stage: int) -> int:
     return 4 if precision == "fp32" or (precision == "bf16" and stage == 0) else 2
 
 
-def memory(config: Config, plan: BatchPlan, zero: Zero, tensor_parallel: int = 1, rank: int | None = None) -> Memory:
+def memory(config: Config, plan: BatchPlan, zero: Zero, rank: int | None = None) -> Memory:
     """What data-parallel `rank` holds, or the rank that holds most: the first four within 5% (`benchmarks.memory`),
     activations to about a tenth."""
-    layout = groups(config.model, config.optim, tensor_parallel)
+    layout = groups(config)
     held = _unsharded if zero.stage == 0 else _partitioned if zero.stage == 3 else _flat
     every = range(plan.ranks) if rank is None else [rank]
     low = element_size(config.train.precision, zero.stage)
@@ -160,7 +167,7 @@ def memory(config: Config, plan: BatchPlan, zero: Zero, tensor_parallel: int = 1
     states = held(layout, low, plan, zero, every)
     if config.train.precision == "bf16" and zero.stage == 0:  # autocast's, kept for the backward pass
         states["copies"] = 2 * sum(group.total for group in layout)
-    values = computed * saved_values(config.model, tensor_parallel) + dropout_masks(config.model)
+    values = computed * saved_values(config.model, config.train.tensor_parallel) + dropout_masks(config.model)
     return Memory(**states, activations=samples(config.model, plan.micro_batch) * values)
 
 
@@ -196,7 +203,7 @@ def _flat(layout: Sequence[Group], low: int, plan: BatchPlan, zero: Zero, every:
     gradients = low * (sum(group.total for group in layout) if zero.stage == 1 else 0 if zero.offload else touched)
     host: float = 0
     if zero.offload:  # masters, moments, their fp32 gradients and averages; weights and gradients in transit
-        accumulated = touched if plan.accumulation > 1 else 0
+        accumulated = touched if zero.stage == 2 and plan.accumulation > 1 else 0
         transit = low * (shard + largest + accumulated) + 4 * shard
         host = 12 * shard + transit + average
         gradients += transit + low * largest
@@ -261,7 +268,7 @@ def saved_values(config: ModelConfig, tensor_parallel: int = 1) -> float:
     """Numbers that one rank keeps for the backward pass of one sample with its masks."""
     width, t, m = config.width, config.positions, config.num_masks
     hidden = config.mask.hidden(t)
-    tokens = m * (t - hidden + config.extra_tokens)
+    tokens = m * visible_tokens(config)
     local = LOCAL_WORK[config.modality](config).saved
     # A convolution of the positions keeps what one of the decoder does.
     positions = 3 * m * t * width * config.audio.position_layers if config.modality == "audio" else 0
@@ -279,7 +286,7 @@ def saved_values(config: ModelConfig, tensor_parallel: int = 1) -> float:
 def dropout_masks(config: ModelConfig) -> float:
     """Bytes kept for the backward pass of one sample with its masks, one for every value that may be dropped; what
     attention drops is drawn again."""
-    tokens = config.num_masks * (config.positions - config.mask.hidden(config.positions) + config.extra_tokens)
+    tokens = config.num_masks * visible_tokens(config)
     places = (config.dropout.residual > 0) + (config.dropout.mlp > 0)
     return (config.prenet_depth + config.depth) * places * tokens * config.width
 
