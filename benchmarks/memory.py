@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -115,13 +115,11 @@ def held(trainer: Trainer, before: dict[int, int]) -> dict[str, int]:
     return out
 
 
-def measure(config: Config, world: World, zero: str) -> list[Line]:
-    """Expected and measured bytes of this rank: of each category the most that is held at once, looked at before
-    gradients are reduced and before the optimizer's step."""
-    gc.collect()
-    before = alive()
-    trainer = Trainer(config, world)
-    batches, most = random_batches(config, trainer), dict[str, int]()
+@contextmanager
+def watching(trainer: Trainer, before: dict[int, int]) -> Iterator[dict[str, int]]:
+    """Of each category the most that the steps made inside hold at once, looked at before gradients are reduced and
+    before the optimizer's step."""
+    most: dict[str, int] = {}
 
     def looking(function: Callable[..., Any]) -> Callable[..., Any]:
         def look(*args: Any, **kwargs: Any) -> Any:
@@ -132,23 +130,36 @@ def measure(config: Config, world: World, zero: str) -> list[Line]:
 
         return look
 
-    while trainer.state.step < 1:  # fp16 looks for its scale first
-        trainer.step(next(batches))
     with ExitStack() as stack:
         for owner, name in ((trainer.engine, "allreduce_gradients"), (pretrain.train, "optimizer_step")):
             stack.enter_context(patch.object(owner, name, looking(getattr(owner, name))))
-        trainer.step(next(batches))
-    mechanics = Zero.of(read_mechanics(config.train.deepspeed))
-    expected = vars(memory(config, trainer.plan, mechanics, rank=world.data_rank))
+        yield most
+
+
+def compared(trainer: Trainer, most: dict[str, int]) -> list[Line]:
+    """What was held, beside what is expected of this rank."""
+    config, world = trainer.config, trainer.world
+    zero = Zero.of(read_mechanics(config.train.deepspeed))
+    expected = vars(memory(config, trainer.plan, zero, world.data_rank))
     states = sum(expected[category] for category in most if category not in (OTHER, "buffers"))
-    trainer.engine.destroy()
+    where = (Path(config.train.deepspeed).stem.removeprefix("zero"), config.train.precision, world.size, world.rank)
     return [
-        Line(
-            *(zero, config.train.precision, world.size, world.rank, category),
-            *(states if category == OTHER else expected[category], size),
-        )
+        Line(*where, category, states if category == OTHER else expected[category], size)
         for category, size in most.items()
     ]
+
+
+def measure(config: Config, world: World) -> list[Line]:
+    """Expected and measured bytes of this rank in its second step."""
+    gc.collect()
+    before = alive()
+    trainer = Trainer(config, world)
+    batches = random_batches(config, trainer)
+    trainer.step(next(batches))  # the optimizer's state is made
+    with watching(trainer, before) as most:
+        trainer.step(next(batches))
+    trainer.engine.destroy()
+    return compared(trainer, most)
 
 
 def work(args: argparse.Namespace, folder: Path) -> None:
@@ -158,7 +169,7 @@ def work(args: argparse.Namespace, folder: Path) -> None:
     for zero, precision in product(args.zero, args.precision):
         # Where the host's memory is the device's, fp32 averages need no copy of their own.
         if precision != "fp32" or not zero.endswith("offload"):
-            lines += measure(configured(args, zero, precision, world.size), world, zero)
+            lines += measure(configured(args, zero, precision, world.size), world)
     (folder / f"rank{world.rank}.json").write_text(json.dumps(lines))
     parallel.stop()
 

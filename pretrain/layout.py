@@ -8,7 +8,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -74,9 +74,14 @@ class Group:
         """Stage 3: a rank's partitions, each parameter's rounded up."""
         return sum(-(-size // ranks) for size in self.sizes)
 
+    @cached_property
+    def ends(self) -> list[int]:
+        """Where parameters begin and end in the flat buffer."""
+        return list(accumulate(self.sizes, initial=0))
+
     def touched(self, ranks: int, rank: int) -> int:
         """Stages 1 and 2: all elements of the parameters of which the shard of `rank` holds at least one."""
-        ends = list(accumulate(self.sizes, initial=0))
+        ends = self.ends
         shard = self.flat(ranks) // ranks
         first = bisect_right(ends, rank * shard) - 1
         last = bisect_left(ends, min((rank + 1) * shard, self.total))

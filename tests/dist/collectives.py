@@ -43,16 +43,11 @@ def payload(argument: Any) -> int:
 
 
 class Collectives:
-    """Bytes and calls by (phase, size of the group), as one rank of a ring sends them."""
+    """Bytes by (phase, collective, name of the process group), as one rank of a ring sends them."""
 
     def __init__(self) -> None:
         self.phase = "other"
-        self.bytes: Counter[tuple[str, int]] = Counter()
-        self.calls: Counter[tuple[str, int]] = Counter()
-
-    def clear(self) -> None:
-        self.bytes.clear()
-        self.calls.clear()
+        self.bytes: Counter[tuple[str, str, str]] = Counter()
 
     def during(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function`, with what it moves booked on `phase`."""
@@ -72,9 +67,8 @@ class Collectives:
         def call(group: ProcessGroup, *args: Any, **kwargs: Any) -> Any:
             ranks = group.size()
             if ranks > 1:
-                key = (f"{self.phase} {name.strip('_').removesuffix('_base')}", ranks)
+                key = (self.phase, name, group.group_name)
                 self.bytes[key] += rounds * payload(args[position]) * (ranks - 1) // ranks
-                self.calls[key] += 1
             return original(group, *args, **kwargs)
 
         return call
