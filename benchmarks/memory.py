@@ -84,13 +84,15 @@ def storages(found: Iterable[Any]) -> dict[int, int]:
     return {storage.data_ptr(): storage.nbytes() for storage in each if storage.nbytes()}
 
 
-def alive() -> dict[int, int]:
-    """Storages of all tensors that Python knows of."""
-    return storages([thing for thing in gc.get_objects() if type(thing) in (Tensor, torch.nn.Parameter)])
+def forget() -> None:
+    """What is alive now does not count as held later, nor is it looked through again."""
+    gc.collect()
+    gc.freeze()
 
 
-def held(trainer: Trainer, before: dict[int, int]) -> dict[str, int]:
-    """Bytes by category, each storage in the first that has it; but for those that were there `before`."""
+def held(trainer: Trainer) -> dict[str, int]:
+    """Bytes by category, each storage in the first that has it; the last has what was made since `forget`."""
+    gc.collect()  # or what has been dropped is alive
     engine, optimizer = trainer.engine, trainer.engine.optimizer
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
     masters = list({id(s.tensor): s.tensor for s in stretches(engine)}.values())
@@ -106,9 +108,10 @@ def held(trainer: Trainer, before: dict[int, int]) -> dict[str, int]:
         "optimizer": storages([masters, list(engine.basic_optimizer.state.values())]),
         "gradients": storages([*kept, *([p.grad, getattr(p, "grad_accum", None)] for p in trained)])
         | storages(master.grad for master in masters),
-        OTHER: alive(),
+        OTHER: storages(thing for thing in gc.get_objects() if type(thing) in (Tensor, torch.nn.Parameter)),
     }  # fmt: skip
-    seen, out = dict(before), {}
+    seen: dict[int, int] = {}
+    out = {}
     for category, addresses in found.items():
         out[category] = sum(size for address, size in addresses.items() if address not in seen)
         seen |= addresses
@@ -116,16 +119,16 @@ def held(trainer: Trainer, before: dict[int, int]) -> dict[str, int]:
 
 
 @contextmanager
-def watching(trainer: Trainer, before: dict[int, int]) -> Iterator[dict[str, int]]:
+def watching(trainer: Trainer) -> Iterator[dict[str, int]]:
     """Of each category the most that the steps made inside hold at once, looked at before gradients are reduced and
-    before the optimizer's step."""
+    before the optimizer's step; of what belongs to none, the least."""
     most: dict[str, int] = {}
 
     def looking(function: Callable[..., Any]) -> Callable[..., Any]:
         def look(*args: Any, **kwargs: Any) -> Any:
-            gc.collect()  # or what has been dropped is alive
-            for category, size in held(trainer, before).items():
-                most[category] = max(most.get(category, 0), size)
+            for category, size in held(trainer).items():
+                choose = min if category == OTHER else max  # a collective's threads let go of tensors a little later
+                most[category] = choose(most.get(category, size), size)
             return function(*args, **kwargs)
 
         return look
@@ -151,12 +154,11 @@ def compared(trainer: Trainer, most: dict[str, int]) -> list[Line]:
 
 def measure(config: Config, world: World) -> list[Line]:
     """Expected and measured bytes of this rank in its second step."""
-    gc.collect()
-    before = alive()
+    forget()
     trainer = Trainer(config, world)
     batches = random_batches(config, trainer)
     trainer.step(next(batches))  # the optimizer's state is made
-    with watching(trainer, before) as most:
+    with watching(trainer) as most:
         trainer.step(next(batches))
     trainer.engine.destroy()
     return compared(trainer, most)

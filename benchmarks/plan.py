@@ -178,28 +178,46 @@ def table(found: Sequence[Way], problems: dict[int, str], model: ModelConfig) ->
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
-def advice(found: Sequence[Way], problems: dict[int, str], gpus: int, config: Config) -> str:
-    """Which way to take, and how the others compare; or why there is none, and what would help."""
-    chosen = best(found)
+def fewer(config: Config, path: Path, overrides: Sequence[str], gpus: int, cluster: Cluster) -> Way | None:
+    """The fastest way on fewer GPUs, of those that have one, two or four samples of a batch on every rank; of ways
+    about as fast the one on fewest."""
+    batch = samples(config.model, config.train.batch_size)
+    counts = {batch // share * size for share in (1, 2, 4) if batch % share == 0 for size in TENSOR_PARALLEL}
+    each = [best(ways(path, overrides, count, cluster)[0]) for count in sorted(counts) if count < gpus]
+    fitting = [one for one in each if one]
+    fastest = max((one.rate for one in fitting), default=0.0)
+    return next((one for one in fitting if one.rate * CLOSE >= fastest), None)
+
+
+def advice(found: Sequence[Way], problems: dict[int, str], gpus: int, config: Config, rival: Way | None) -> str:
+    """Which way to take, and how the others compare, among them a `rival` on fewer GPUs; or why there is none, and what
+    would help."""
+    chosen, text = best(found), f"{gpus:,} GPUs: "
     if chosen:
-        plan, count = chosen.plan, samples(config.model, chosen.plan.micro_batch)
-        text = (
-            f"{gpus:,} GPUs: **{chosen.name}**, {plan.ranks} data-parallel ranks x {count} x {plan.accumulation} "
-            f"accumulated: {chosen.seconds:.4f} s a step, {chosen.rate:,.0f} {config.model.unit}/s, "
-            f"{chosen.computing / chosen.seconds:.0%} of the time computing, {chosen.memory.total / GIB:.1f} GiB of "
-            f"{chosen.cluster.gpu_memory:g}. Against it, in step time: {comparison(chosen, found, problems)}."
-        )
-        if count * plan.accumulation == 1:
+        text += f"{described(chosen)} Against it, in step time: {comparison(chosen, found, problems)}."
+        if samples(config.model, config.train.batch_size) == chosen.plan.ranks:
             text += " Every rank has one sample: more GPUs need more tensor parallelism, or a larger batch."
-        return text
-    if found:
+    elif found:
         least = min(found, key=lambda one: one.memory.total)
-        return (
-            f"{gpus:,} GPUs: nothing fits. {least.name} needs least, {least.memory.total / GIB:.1f} GiB, of which "
-            f"activations {least.memory.activations / GIB:.1f}; a smaller micro-batch, more memory or "
+        text += (
+            f"nothing fits. {least.name} needs least, {least.memory.total / GIB:.1f} GiB, of which activations "
+            f"{least.memory.activations / GIB:.1f}; a smaller micro-batch, more memory or "
             "ds_configs/zero3_offload.json would help."
         )
-    return f"{gpus:,} GPUs: {too_many(gpus, config)}"
+    else:
+        text += too_many(gpus, config)
+    if rival and (not chosen or rival.rate * CLOSE > chosen.rate):
+        text += f" **Fewer are {'as fast' if chosen else 'used best so'}**: {rival.gpus:,} GPUs, {described(rival)}"
+    return text
+
+
+def described(one: Way) -> str:
+    model, plan = one.config.model, one.plan
+    return (
+        f"**{one.name}**, {plan.ranks} data-parallel ranks x {samples(model, plan.micro_batch)} x {plan.accumulation} "
+        f"accumulated: {one.seconds:.4f} s a step, {one.rate:,.0f} {model.unit}/s, {one.computing / one.seconds:.0%} "
+        f"of the time computing, {one.memory.total / GIB:.1f} GiB of {one.cluster.gpu_memory:g}."
+    )
 
 
 def comparison(chosen: Way, found: Sequence[Way], problems: dict[int, str]) -> str:
@@ -244,7 +262,7 @@ def too_many(gpus: int, config: Config) -> str:
 def report(config: Config, path: Path, overrides: Sequence[str], gpus: int, cluster: Cluster, brief: bool) -> str:
     """The table and the advice for one number of GPUs; the advice alone if `brief`."""
     found, problems = ways(path, overrides, gpus, cluster)
-    said = f"- {advice(found, problems, gpus, config)}"
+    said = f"- {advice(found, problems, gpus, config, fewer(config, path, overrides, gpus, cluster))}"
     return said if brief else f"{table(found, problems, config.model)}\n\n{said}"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import sys
@@ -45,8 +44,7 @@ def counted(collectives: Collectives, world: World) -> dict[str, int]:
 
 def look(config: Config, world: World) -> dict[str, Any]:
     """What one step sends, and what is held meanwhile."""
-    gc.collect()
-    before = memory.alive()
+    memory.forget()
     trainer = Trainer(config, world)
     batches = random_batches(config, trainer)
     while trainer.state.step < WARM_UP:  # fp16 skips some
@@ -58,7 +56,7 @@ def look(config: Config, world: World) -> dict[str, Any]:
         (trainer.teacher, "update", "teacher"),
     ]
     with ExitStack() as stack:
-        most = stack.enter_context(memory.watching(trainer, before))
+        most = stack.enter_context(memory.watching(trainer))
         collectives = stack.enter_context(counting())
         for owner, name, phase in places:
             stack.enter_context(patch.object(owner, name, collectives.during(phase, getattr(owner, name))))

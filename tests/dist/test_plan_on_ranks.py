@@ -71,6 +71,7 @@ def test_holds_what_is_computed(scenarios: list[list[dict[str, Any]]]) -> None:
     """Within 5%, category by category, and nothing that no category knows of."""
     for ranks in scenarios:
         for seen in ranks:
-            assert not [line for line in seen["held"] if line["apart"]], seen["scenario"]
+            apart = [line for line in seen["held"] if line["apart"]]
+            assert not apart, (seen["scenario"], apart)
             held = {line["category"]: line["measured"] for line in seen["held"]}
             assert min(held[category] for category in ("weights", "gradients", "optimizer", "teacher")) > 0
