@@ -207,7 +207,7 @@ def advice(found: Sequence[Way], problems: dict[int, str], gpus: int, config: Co
     else:
         text += too_many(gpus, config)
     if rival and (not chosen or rival.rate * CLOSE > chosen.rate):
-        text += f" **Fewer are {'as fast' if chosen else 'used best so'}**: {rival.gpus:,} GPUs, {described(rival)}"
+        text += f" Fewer are {'no slower' if chosen else 'fastest so'}: {rival.gpus:,} GPUs, {described(rival)}"
     return text
 
 
@@ -224,7 +224,8 @@ def comparison(chosen: Way, found: Sequence[Way], problems: dict[int, str]) -> s
     """The other stages at the same tensor parallelism, and the other sizes of that at their best."""
 
     def against(other: Way) -> str:
-        return f"{other.seconds / chosen.seconds - 1:+.0%}" if other.fits else "does not fit"
+        change = round(other.seconds / chosen.seconds - 1, 2)
+        return "does not fit" if not other.fits else f"{change:+.0%}" if change else "the same"
 
     stages = [
         f"ZeRO {one.zero.stage} {against(one)}"
@@ -249,7 +250,7 @@ def too_many(gpus: int, config: Config) -> str:
         max(n for n in TENSOR_PARALLEL if not split_problem(model, n)),
     )
     if gpus <= batch * widest:
-        fit = nearest_divisors(batch, gpus, 8)
+        fit = ", ".join(map(str, nearest_divisors(batch, gpus, 8)))
         return f"a batch of {batch} {model.unit} divides over none of the data-parallel ranks; {fit} would do."
     return (
         f"a batch of {batch} {model.unit} is smaller than the {gpus // widest:,} data-parallel ranks that even TP "

@@ -1,4 +1,4 @@
-"""Both benchmarks run and report all that they promise; how fast they find this machine is not tested."""
+"""Benchmarks run and report all that they promise; how fast they find this machine is not tested."""
 
 from __future__ import annotations
 
@@ -50,3 +50,12 @@ def test_loader_counts_images_and_masks():
     assert 60_000 < found["image_bytes"] < 140_000
     assert found["mask_ms_per_image"] > 0 and 0 < found["mask_share"] < 1
     assert found["hardware"] and found["command"].startswith("python -m benchmarks.loader")
+
+
+def test_memory_is_what_ranks_hold():
+    """Exit status 0: within 5%."""
+    arguments = ["--ranks", "2", "--zero", "3", "--precision", "bf16"]
+    rows = [line.split() for line in run("benchmarks.memory", *arguments, "model.width=192").stdout.splitlines()]
+    measured = {row[3]: int(row[5].replace(",", "")) for row in rows if row[:3] == ["3", "bf16", "2"]}
+    assert set(measured) == {"weights", "gradients", "optimizer", "teacher", "buffers", "other"}
+    assert measured["optimizer"] > measured["teacher"] > measured["weights"] > measured["gradients"] > 0
