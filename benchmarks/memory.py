@@ -1,4 +1,4 @@
-"""python -m benchmarks.memory [--zero 0 1 2 3] [--ranks 1 2 4] [section.key=value ...]: what each rank really holds.
+"""python -m benchmarks.memory [section.key=value ...] [--zero 0 1 2 3] [--ranks 1 2 4]: what each rank really holds.
 
 Starts real ranks, trains two steps, and walks the tensors that are alive: bytes of weights, gradients, optimizer and
 teacher, beside what `pretrain.plan.memory` expects. Exit status 1 if any two are more than 5% apart.

@@ -1,4 +1,4 @@
-"""python -m benchmarks.plan --preset image_huge14 --gpus 64 [section.key=value ...]: how to train it on many GPUs.
+"""python -m benchmarks.plan [section.key=value ...] --preset image_huge14 --gpus 64: how to train it on many GPUs.
 
 For ZeRO 0 to 3 and tensor parallelism 1 to 8: memory of a GPU, bytes that it sends for a step, the step's time from the
 given FLOP/s and bandwidths, and which to take. Everything is computed; nothing runs.

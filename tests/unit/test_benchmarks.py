@@ -54,8 +54,8 @@ def test_loader_counts_images_and_masks():
 
 def test_memory_is_what_ranks_hold():
     """Exit status 0: within 5%."""
-    arguments = ["--ranks", "2", "--zero", "3", "--precision", "bf16"]
-    rows = [line.split() for line in run("benchmarks.memory", *arguments, "model.width=192").stdout.splitlines()]
+    arguments = ["model.width=192", "--ranks", "2", "--zero", "3", "--precision", "bf16"]
+    rows = [line.split() for line in run("benchmarks.memory", *arguments).stdout.splitlines()]
     measured = {row[3]: int(row[5].replace(",", "")) for row in rows if row[:3] == ["3", "bf16", "2"]}
     assert set(measured) == {"weights", "gradients", "optimizer", "teacher", "buffers", "other"}
     assert measured["optimizer"] > measured["teacher"] > measured["weights"] > measured["gradients"] > 0

@@ -86,7 +86,7 @@ def test_what_cannot_be_is_said_with_the_reason(capsys: pytest.CaptureFixture[st
             ),
         ),
         (["--gpus=24", "--batch=25"], ("divides over none of the data-parallel ranks; 1, 5, 25 would do",)),
-        (["--gpus=64", "--gpu-memory=2"], ("nothing fits. ZeRO 3 needs least", "offload")),
+        (["--gpus=64", "--gpu-memory=2"], ("nothing fits. ZeRO 3 x TP 8 needs least", "offload")),
         (["--gpus=8"], ("**ZeRO 1**", "ZeRO 3", "TP 8 +")),
         (["--gpus=512", "--preset=text_large"], ("**ZeRO 3 x TP 8**", "Fewer are no slower: 128 GPUs")),
         (["--gpus=8", "--inter-bandwidth=1"], ("**ZeRO 1**",)),  # of links between nodes one node uses none
