@@ -11,18 +11,20 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import product
 from pathlib import Path
 
 from benchmarks.step import ROOT
 from models.config import ModelConfig
 from models.split import split_problem
 from pretrain.config import BatchPlan, Config, ConfigError, batch_plan, load, nearest_divisors
-from pretrain.engine import read_mechanics
+from pretrain.engine import engine_config, read_mechanics
 from pretrain.layout import Zero
 from pretrain.plan import GIB, Memory, memory, samples, useful_work
 from pretrain.traffic import Traffic, traffic
 
 STAGES, TENSOR_PARALLEL = (0, 1, 2, 3), (1, 2, 4, 8)
+Problems = dict[tuple[int, str], list[int]]  # (tensor parallelism, why not) -> at which stages
 CLOSE = 1.03  # steps that differ by less are alike
 PREFERRED = (1, 2, 0, 3)  # stage 1 sends what stage 0 does, holds less and, in bf16, has low-precision weights
 
@@ -120,25 +122,27 @@ def micro_batches(config: Config, gpus: int) -> Iterator[BatchPlan]:
         yield batch_plan(replace(train, micro_batch=count * unit), gpus)
 
 
-def way(config: Config, gpus: int, stage: int, cluster: Cluster) -> Way:
+def way(config: Config, gpus: int, cluster: Cluster) -> Way:
     """The one with the largest micro-batch that fits, or with the smallest that there is."""
-    zero = Zero.of(read_mechanics(f"ds_configs/zero{stage}.json"))
+    zero = Zero.of(read_mechanics(config.train.deepspeed))
     for plan in micro_batches(config, gpus):
+        engine_config(config, plan)  # which refuses some
         found = Way(config, zero, plan, memory(config, plan, zero), traffic(config, plan, zero), cluster)
         if found.fits:
             break
     return found
 
 
-def ways(path: Path, overrides: Sequence[str], gpus: int, cluster: Cluster) -> tuple[list[Way], dict[int, str]]:
-    """All that can be, and why other tensor-parallel sizes cannot."""
-    found, problems = [], {}
-    for size in TENSOR_PARALLEL:
+def ways(path: Path, overrides: Sequence[str], gpus: int, cluster: Cluster) -> tuple[list[Way], Problems]:
+    """All that can be, and why the others cannot."""
+    found: list[Way] = []
+    problems: Problems = {}
+    for size, stage in product(TENSOR_PARALLEL, STAGES):
+        ours = [f"train.tensor_parallel={size}", f"train.deepspeed=ds_configs/zero{stage}.json"]
         try:
-            config = load(path, [*overrides, f"train.tensor_parallel={size}"])
-            found += [way(config, gpus, stage, cluster) for stage in STAGES]
+            found.append(way(load(path, [*overrides, *ours]), gpus, cluster))
         except ConfigError as error:
-            problems[size] = str(error)
+            problems.setdefault((size, str(error)), []).append(stage)
     return found, problems
 
 
@@ -157,7 +161,7 @@ HEAD = (
 )
 
 
-def table(found: Sequence[Way], problems: dict[int, str], model: ModelConfig) -> str:
+def table(found: Sequence[Way], problems: Problems, model: ModelConfig) -> str:
     """Markdown, a row a way."""
     rows = [[*HEAD, f"{model.unit}/s", ""]]
     for one in found:
@@ -173,7 +177,8 @@ def table(found: Sequence[Way], problems: dict[int, str], model: ModelConfig) ->
             f"{one.rate:,.0f}",
             "" if one.fits else "does not fit",
         ])  # fmt: skip
-    rows += [["0-3", str(size), *[""] * (len(HEAD) - 1), f"cannot be: {why}"] for size, why in problems.items()]
+    for (size, why), stages in problems.items():
+        rows.append([", ".join(map(str, stages)), str(size), *[""] * (len(HEAD) - 1), f"cannot be: {why}"])
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
@@ -189,12 +194,12 @@ def fewer(config: Config, path: Path, overrides: Sequence[str], gpus: int, clust
     return next((one for one in fitting if one.rate * CLOSE >= fastest), None)
 
 
-def advice(found: Sequence[Way], problems: dict[int, str], gpus: int, config: Config, rival: Way | None) -> str:
+def advice(found: Sequence[Way], gpus: int, config: Config, rival: Way | None) -> str:
     """Which way to take, and how the others compare, among them a `rival` on fewer GPUs; or why there is none, and what
     would help."""
     chosen, text = best(found), f"{gpus:,} GPUs: "
     if chosen:
-        text += f"{described(chosen)} Against it, in step time: {comparison(chosen, found, problems)}."
+        text += f"{described(chosen)} Against it, in step time: {comparison(chosen, found)}."
         if samples(config.model, config.train.batch_size) == chosen.plan.ranks:
             text += " Every rank has one sample: more GPUs need more tensor parallelism, or a larger batch."
     elif found:
@@ -220,7 +225,7 @@ def described(one: Way) -> str:
     )
 
 
-def comparison(chosen: Way, found: Sequence[Way], problems: dict[int, str]) -> str:
+def comparison(chosen: Way, found: Sequence[Way]) -> str:
     """The other stages at the same tensor parallelism, and the other sizes of that at their best."""
 
     def against(other: Way) -> str:
@@ -235,7 +240,7 @@ def comparison(chosen: Way, found: Sequence[Way], problems: dict[int, str]) -> s
     sizes = []
     for size in TENSOR_PARALLEL:
         alike = [one for one in found if one.tensor_parallel == size]
-        if size in problems:
+        if not alike:
             sizes.append(f"TP {size} cannot be")
         elif size != chosen.tensor_parallel:
             sizes.append(f"TP {size} {against(min(alike, key=lambda one: (not one.fits, one.seconds)))}")
@@ -263,7 +268,7 @@ def too_many(gpus: int, config: Config) -> str:
 def report(config: Config, path: Path, overrides: Sequence[str], gpus: int, cluster: Cluster, brief: bool) -> str:
     """The table and the advice for one number of GPUs; the advice alone if `brief`."""
     found, problems = ways(path, overrides, gpus, cluster)
-    said = f"- {advice(found, problems, gpus, config, fewer(config, path, overrides, gpus, cluster))}"
+    said = f"- {advice(found, gpus, config, fewer(config, path, overrides, gpus, cluster))}"
     return said if brief else f"{table(found, problems, config.model)}\n\n{said}"
 
 

@@ -305,22 +305,23 @@ def describe(config: Config, ranks: int) -> str:
     )
     hidden = model.mask.hidden(model.positions)
     trained = counts["student"] + counts["decoder"]
+    shared = "ranks" if train.tensor_parallel == 1 else f"groups of {train.tensor_parallel} ranks"
     lines = [
         f"parameters   {trained / 1e6:.2f} M trained (student {counts['student'] / 1e6:.2f} M, decoder "
         f"{counts['decoder'] / 1e6:.2f} M); teacher {counts['teacher'] / 1e6:.2f} M, averaged",
         f"masks        {model.num_masks} a sample: {model.positions} positions, {model.positions - hidden} seen, "
         f"{hidden} predicted",
-        f"batch        {train.batch_size} {unit} = {plan.ranks} ranks x {plan.micro_batch} x {plan.accumulation} "
+        f"batch        {train.batch_size} {unit} = {plan.ranks} {shared} x {plan.micro_batch} x {plan.accumulation} "
         f"accumulated; {batch * model.num_masks} masked views a step",
         f"run          {train.steps:,} steps, {train.steps * batch:,} {model.unit}",
         f"matrix work  {work.total / 1e12:.3g} TFLOP a sample, {work.total * batch / 1e12:.3g} a step, "
         f"{work.total * batch * train.steps / 1e18:.3g} EFLOP in all",
         f"memory       {use.total / GIB:.2f} GiB a rank at ZeRO {zero.stage}, {train.precision}: weights "
         f"{use.weights / GIB:.2f}, gradients {use.gradients / GIB:.2f}, optimizer {use.optimizer / GIB:.2f}, teacher "
-        f"{use.teacher / GIB:.2f}; and the larger of {(use.activations + use.buffers + use.copies) / GIB:.2f} in a "
-        f"micro-step (activations {use.activations / GIB:.2f}, reduce buckets {use.buffers / GIB:.2f}, gathered or "
-        f"cast weights {use.copies / GIB:.2f}) and {use.stepping / GIB:.2f} in the optimizer's"
-        + (f"; of the first four {use.host / GIB:.2f} in the host's memory" if use.host else ""),
+        f"{use.teacher / GIB:.2f}" + (f", of these {use.host / GIB:.2f} in the host's memory" if use.host else ""),
+        f"             and in a step {(use.total - use.states) / GIB:.2f}: activations {use.activations / GIB:.2f}, "
+        f"reduce buckets {use.buffers / GIB:.2f}, gathered or cast weights {use.copies / GIB:.2f} (estimates), or after "
+        f"them the optimizer's {use.stepping / GIB:.2f}",
     ]
     lines.append(f"checkpoints  every {config.run.save_every} steps into {config.run.dir}/checkpoints/step_*")
     return "\n".join(lines)

@@ -68,10 +68,12 @@ def test_tensor_parallel_traffic_by_hand() -> None:
 
 def test_what_cannot_be_is_said_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
     table = printed(capsys, "--preset=image_base", "--gpus=8", "train.batch_size=16")
-    assert "| 0-3 | 8 |" in table and "must divide model.heads=12" in table
+    assert "| 0, 1, 2, 3 | 8 |" in table and "must divide model.heads=12" in table
     table = printed(capsys, "--preset=image_base", "--gpus=32", "train.batch_size=16")
     assert "does not divide over 32 ranks" in table and "| 1 | 2 | 1 x 1 |" in table
     assert "Every rank has one sample" in table
+    table = printed(capsys, "--preset=image_base", "--gpus=4", "train.precision=fp16")
+    assert "| 0 | 2 |" in table and "| 1 | 2 | 128 x 1 |" in table and "needs ZeRO 1, 2 or 3" in table
 
 
 @pytest.mark.parametrize(
@@ -102,7 +104,7 @@ def test_advice(arguments: list[str], words: tuple[str, ...], capsys: pytest.Cap
 def test_micro_batches_are_as_large_as_fits() -> None:
     config = load(CONFIGS / "image_huge14.yaml")  # 32 images a rank
     small = planning.Cluster(gpu_memory=30)
-    found = [planning.way(config, 8, 1, planning.Cluster()), planning.way(config, 8, 1, small)]
+    found = [planning.way(config, 8, planning.Cluster()), planning.way(config, 8, small)]
     assert [(one.plan.micro_batch, one.plan.accumulation) for one in found] == [(32, 1), (8, 4)]
     assert all(one.fits for one in found)
     doubled = dataclasses.replace(found[1].plan, micro_batch=16, accumulation=2)
