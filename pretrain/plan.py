@@ -319,9 +319,9 @@ def describe(config: Config, ranks: int) -> str:
         f"memory       {use.total / GIB:.2f} GiB a rank at ZeRO {zero.stage}, {train.precision}: weights "
         f"{use.weights / GIB:.2f}, gradients {use.gradients / GIB:.2f}, optimizer {use.optimizer / GIB:.2f}, teacher "
         f"{use.teacher / GIB:.2f}" + (f", of these {use.host / GIB:.2f} in the host's memory" if use.host else ""),
-        f"             and in a step {(use.total - use.states) / GIB:.2f}: activations {use.activations / GIB:.2f}, "
-        f"reduce buckets {use.buffers / GIB:.2f}, gathered or cast weights {use.copies / GIB:.2f} (estimates), or after "
-        f"them the optimizer's {use.stepping / GIB:.2f}",
+        f"             and in a step {(use.total - use.states) / GIB:.2f} (estimate): activations "
+        f"{use.activations / GIB:.2f}, reduce buckets {use.buffers / GIB:.2f}, gathered or cast weights "
+        f"{use.copies / GIB:.2f}, or after them the optimizer's {use.stepping / GIB:.2f}",
     ]
     lines.append(f"checkpoints  every {config.run.save_every} steps into {config.run.dir}/checkpoints/step_*")
     return "\n".join(lines)

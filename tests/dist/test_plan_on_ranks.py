@@ -21,6 +21,7 @@ EAGER = {  # nothing but tiny parameters stays gathered, and the backward pass g
     "stage3_prefetch_bucket_size": 0,
     "reduce_bucket_size": 200_000,
 }
+PARTLY = EAGER | {"stage3_max_reuse_distance": 800_000}  # what is used last stays gathered for the backward pass
 OVERLAPPED = {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 3_000_000}
 
 
@@ -37,13 +38,14 @@ def scenarios(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, A
     """For each scenario what each rank held and sent."""
     folder = tmp_path_factory.mktemp("plan")
     own = {}
-    for name, section in (("eager", EAGER), ("overlapped", OVERLAPPED)):
+    for name, section in (("eager", EAGER), ("partly", PARTLY), ("overlapped", OVERLAPPED)):
         own[name] = str(folder / f"{name}.json")
         Path(own[name]).write_text(json.dumps({"zero_optimization": section}))
     wanted = [scenario(f"ds_configs/zero{z}.json", p) for z, p in product("0123", ("fp32", "bf16"))]
     wanted += [scenario(f"ds_configs/zero{z}_offload.json", "bf16") for z in "123"]
     wanted += [scenario("ds_configs/zero0.json", "fp16")]
     wanted += [scenario(own["eager"], "fp32"), scenario(own["overlapped"], "bf16")]
+    wanted += [scenario(own["partly"], "fp32", 1, TINY, "model.depth=6")]
     wanted += [scenario(f"ds_configs/zero{z}.json", "fp32", 2) for z in "0123"]
     audio = ["train.micro_batch=8000", f"train.batch_size={8000 * RANKS}", "model.dropout.layer=0"]
     wanted += [scenario("ds_configs/zero2.json", "bf16", 2, "tests/tiny_audio.yaml", *audio)]
