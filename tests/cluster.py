@@ -1,0 +1,154 @@
+"""A real SLURM of two nodes on this host: munge, slurmctld and two slurmd of its own, in a folder and on ports of its own."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+from tests.launch import ROOT, environment, free_port
+
+DAEMONS = ("munged", "slurmctld", "slurmd")
+NODES = ("n1", "n2")
+GPUS = 8
+WAIT = 120
+CONF = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
+CredType=cred/munge
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool.%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerParameters=batch_sched_delay=0,sched_interval=1
+SwitchType=switch/none
+MpiDefault=none
+GresTypes=gpu
+FirstJobId={first_job}
+JobRequeue=0
+KillWait=20
+ReturnToService=2
+SlurmdParameters=config_overrides
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=64 RealMemory=1000 Gres=gpu:{gpus} State=UNKNOWN
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=64 RealMemory=1000 Gres=gpu:{gpus} State=UNKNOWN
+PartitionName=p Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+def missing() -> list[str]:
+    """What of SLURM is not installed here."""
+    return [name for name in (*DAEMONS, "sbatch") if not executable(name)]
+
+
+def executable(name: str) -> str | None:
+    return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+
+
+class Cluster:
+    """Starts on entering, ends with all its jobs on leaving. `CPUs` and GPUs of the nodes are names only."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.environment = environment() | {"SLURM_CONF": str(folder / "slurm.conf")}
+        self._started = ExitStack()
+
+    def __enter__(self) -> Cluster:
+        folder = self.folder
+        for name in ("state", *(f"spool.{node}" for node in NODES)):
+            (folder / name).mkdir()
+        conf = CONF.format(
+            host=socket.gethostname().split(".")[0],
+            user=getpass.getuser(),
+            folder=folder,
+            ports=[free_port() for _ in range(3)],
+            gpus=GPUS,
+            first_job=os.getpid(),
+        )
+        (folder / "slurm.conf").write_text(conf)
+        for gpu in range(GPUS):
+            (folder / f"gpu{gpu}").touch()
+        (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-{GPUS - 1}]\n")
+        key = folder / "munge.key"
+        key.touch(mode=0o600)
+        key.write_bytes(os.urandom(1024))
+        own = [f"--{name}={folder}/munge.{end}" for name, end in MUNGE_FILES.items()]
+        with self._started:
+            self._daemon("munged", "--foreground", "--force", *own)
+            self._until(lambda: (folder / "munge.socket").exists(), "munged")
+            self._daemon("slurmctld", "-D", "-c")
+            for node in NODES:
+                self._daemon("slurmd", "-D", "-N", node)
+            self._until(lambda: self._idle() == len(NODES), "the nodes")
+            self._started.callback(self._cancel_all)
+            self._started = self._started.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._started.close()
+
+    def run(self, *command: str) -> str:
+        """The output of one of SLURM's commands; raises AssertionError with its words if it fails."""
+        done = subprocess.run(
+            command, cwd=ROOT, env=self.environment, text=True, capture_output=True, timeout=WAIT, check=False
+        )
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+        return done.stdout
+
+    def _idle(self) -> int:
+        return self.run("sinfo", "--noheader", "--Node", "--states=idle", "--format=%N").count("n")
+
+    def _cancel_all(self) -> None:
+        self.run("scancel", f"--user={getpass.getuser()}")
+        self._until(lambda: not self.run("squeue", "--noheader"), "the jobs' end")
+
+    def _daemon(self, name: str, *args: str) -> None:
+        path = executable(name)
+        assert path
+        with (self.folder / f"{name}.out").open("ab") as out:
+            process = subprocess.Popen(
+                [path, *args], env=self.environment, stdout=out, stderr=out, start_new_session=True
+            )
+        self._started.callback(_stop, process)
+
+    def _until(self, ready: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + WAIT
+        while not ready():
+            assert time.monotonic() < deadline, f"waited {WAIT} s for {what}: see {self.folder}"
+            time.sleep(0.1)
+
+
+MUNGE_FILES = {
+    "key-file": "key",
+    "socket": "socket",
+    "pid-file": "pid",
+    "log-file": "log",
+    "seed-file": "seed",
+}
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
