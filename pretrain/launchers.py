@@ -1,7 +1,7 @@
 """Who this rank is, under every launcher: torchrun, deepspeed, mpirun, srun, or none.
 
-The rest of the program reads torchrun's variables: RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, and where ranks meet,
-MASTER_ADDR and MASTER_PORT.
+The rest of the program reads torchrun's variables: RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, and, where ranks
+meet, MASTER_ADDR and MASTER_PORT.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def started_by_mpi(environment: Mapping[str, str]) -> bool:
 def variables(environment: Mapping[str, str]) -> dict[str, str]:
     """What is to be set beside the launcher's own `environment`; alone, that is all six, with a port that is free.
 
-    SLURM_STEP_NUM_TASKS is there in srun's tasks only. The shells of sbatch and salloc have SLURM_PROCID and the size of
-    the whole allocation, too, but what one types there is one process, unless torchrun says otherwise.
+    SLURM_STEP_NUM_TASKS is there in srun's tasks only, and 1 in salloc's shell. Shells of sbatch and salloc may have
+    SLURM_PROCID and SLURM_NTASKS, too, but what one types there is one process, unless torchrun says otherwise.
     """
     if "RANK" in environment:
         sizes = [environment[name] for name in LOCAL_SIZES if name in environment]

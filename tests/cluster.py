@@ -1,4 +1,4 @@
-"""A real SLURM of two nodes on this host: munge, slurmctld and two slurmd of its own, in a folder and on ports of its own."""
+"""A real SLURM of two nodes on this host, with a folder, a munge key and ports of its own."""
 
 from __future__ import annotations
 
