@@ -35,8 +35,8 @@ def identify() -> None:
     os.environ |= variables(os.environ)
     if missing := [name for name in RENDEZVOUS if name not in os.environ]:
         raise ConfigError(
-            f"{os.environ['WORLD_SIZE']} ranks were started, but {' and '.join(missing)} not set: export the first "
-            "node's address and a free port, as slurm/job.sh does"
+            f"{os.environ['WORLD_SIZE']} ranks were started without {' and '.join(missing)}: export the first node's "
+            "address and a free port, as slurm/job.sh does"
         )
 
 

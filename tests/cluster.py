@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import getpass
 import os
+import re
 import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 from tests.launch import ROOT, environment, free_port
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
-NODES = ("n1", "n2")
-GPUS = 8
-WAIT = 120
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT")
+GPUS = 8  # a node; they and the CPUs are names only
+WAIT = 180
+# cred_expire: a requeued job waits that long. KillWait: what ranks have to save between SIGTERM and SIGKILL.
 CONF = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -31,8 +33,6 @@ StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool.%n
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd.%n.pid
-SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd.%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
@@ -48,8 +48,8 @@ JobRequeue=0
 KillWait=20
 ReturnToService=2
 SlurmdParameters=config_overrides
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=64 RealMemory=1000 Gres=gpu:{gpus} State=UNKNOWN
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=64 RealMemory=1000 Gres=gpu:{gpus} State=UNKNOWN
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=64 RealMemory=1000 Gres=gpu:{gpus}
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=64 RealMemory=1000 Gres=gpu:{gpus}
 PartitionName=p Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -64,7 +64,7 @@ def executable(name: str) -> str | None:
 
 
 class Cluster:
-    """Starts on entering, ends with all its jobs on leaving. `CPUs` and GPUs of the nodes are names only."""
+    """Starts on entering; on leaving, ends with all its jobs."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -73,31 +73,16 @@ class Cluster:
 
     def __enter__(self) -> Cluster:
         folder = self.folder
-        for name in ("state", *(f"spool.{node}" for node in NODES)):
-            (folder / name).mkdir()
-        conf = CONF.format(
-            host=socket.gethostname().split(".")[0],
-            user=getpass.getuser(),
-            folder=folder,
-            ports=[free_port() for _ in range(3)],
-            gpus=GPUS,
-            first_job=os.getpid(),
-        )
-        (folder / "slurm.conf").write_text(conf)
-        for gpu in range(GPUS):
-            (folder / f"gpu{gpu}").touch()
-        (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-{GPUS - 1}]\n")
-        key = folder / "munge.key"
-        key.touch(mode=0o600)
-        key.write_bytes(os.urandom(1024))
-        own = [f"--{name}={folder}/munge.{end}" for name, end in MUNGE_FILES.items()]
+        self._configure()
         with self._started:
+            munge = {"key-file": "key", "socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
+            own = [f"--{option}={folder}/munge.{end}" for option, end in munge.items()]
             self._daemon("munged", "--foreground", "--force", *own)
-            self._until(lambda: (folder / "munge.socket").exists(), "munged")
+            self.until(lambda: (folder / "munge.socket").exists(), "munged")
             self._daemon("slurmctld", "-D", "-c")
-            for node in NODES:
+            for node in ("n1", "n2"):
                 self._daemon("slurmd", "-D", "-N", node)
-            self._until(lambda: self._idle() == len(NODES), "the nodes")
+            self.until(lambda: self.run("sinfo", "--noheader", "--states=idle", "--format=%D").strip() == "2", "nodes")
             self._started.callback(self._cancel_all)
             self._started = self._started.pop_all()
         return self
@@ -107,42 +92,70 @@ class Cluster:
 
     def run(self, *command: str) -> str:
         """The output of one of SLURM's commands; raises AssertionError with its words if it fails."""
-        done = subprocess.run(
-            command, cwd=ROOT, env=self.environment, text=True, capture_output=True, timeout=WAIT, check=False
-        )
+        done = subprocess.run(command, cwd=ROOT, env=self.environment, text=True, capture_output=True, timeout=WAIT)
         assert done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout
 
-    def _idle(self) -> int:
-        return self.run("sinfo", "--noheader", "--Node", "--states=idle", "--format=%N").count("n")
+    def submit(self, *script: str, options: Sequence[str] = (), **variables: str) -> str:
+        """The id of a job; `variables` are those of sbatch's --export. What it says, `log(id)` has."""
+        export = ",".join(["--export=ALL", *(f"{name}={value}" for name, value in variables.items())])
+        return self.run("sbatch", "--parsable", export, f"--output={self.folder}/%j.out", *options, *script).strip()
+
+    def log(self, job: str) -> str:
+        try:
+            return (self.folder / f"{job}.out").read_text()
+        except FileNotFoundError:  # not yet started
+            return ""
+
+    def field(self, job: str, name: str) -> str:
+        """Of `scontrol show job`."""
+        found = re.search(rf"\b{name}=(\S+)", self.run("scontrol", "show", "job", job))
+        assert found
+        return found[1]
+
+    def finished(self, job: str) -> tuple[str, int]:
+        """Waits for a job's end. -> its state, and how often it was started again."""
+        self.until(lambda: self.field(job, "JobState") in ENDED, f"job {job}")
+        return self.field(job, "JobState"), int(self.field(job, "Restarts"))
+
+    def until(self, ready: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + WAIT
+        while not ready():
+            assert time.monotonic() < deadline, f"waited {WAIT} s for {what}; logs are in {self.folder}"
+            time.sleep(0.1)
+
+    def _configure(self) -> None:
+        folder = self.folder
+        for name in ("state", "spool.n1", "spool.n2"):
+            (folder / name).mkdir()
+        conf = CONF.format(
+            host=socket.gethostname().split(".")[0],
+            user=getpass.getuser(),
+            folder=folder,
+            ports=[free_port() for _ in range(3)],
+            gpus=GPUS,
+            first_job=os.getpid(),  # ranks meet on ports that follow from it
+        )
+        (folder / "slurm.conf").write_text(conf)
+        for gpu in range(GPUS):
+            (folder / f"gpu{gpu}").touch()
+        (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-{GPUS - 1}]\n")
+        key = folder / "munge.key"
+        key.touch(mode=0o600)
+        key.write_bytes(os.urandom(1024))
 
     def _cancel_all(self) -> None:
         self.run("scancel", f"--user={getpass.getuser()}")
-        self._until(lambda: not self.run("squeue", "--noheader"), "the jobs' end")
+        self.until(lambda: not self.run("squeue", "--noheader"), "the end of all jobs")
 
     def _daemon(self, name: str, *args: str) -> None:
         path = executable(name)
         assert path
-        with (self.folder / f"{name}.out").open("ab") as out:
+        with (self.folder / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
-                [path, *args], env=self.environment, stdout=out, stderr=out, start_new_session=True
+                [path, *args], env=self.environment, stdout=log, stderr=log, start_new_session=True
             )
         self._started.callback(_stop, process)
-
-    def _until(self, ready: Callable[[], bool], what: str) -> None:
-        deadline = time.monotonic() + WAIT
-        while not ready():
-            assert time.monotonic() < deadline, f"waited {WAIT} s for {what}: see {self.folder}"
-            time.sleep(0.1)
-
-
-MUNGE_FILES = {
-    "key-file": "key",
-    "socket": "socket",
-    "pid-file": "pid",
-    "log-file": "log",
-    "seed-file": "seed",
-}
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
