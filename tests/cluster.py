@@ -19,7 +19,7 @@ DAEMONS = ("munged", "slurmctld", "slurmd")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT")
 GPUS = 8  # a node; they and the CPUs are names only
 WAIT = 180
-# cred_expire: a requeued job waits that long. KillWait: what ranks have to save between SIGTERM and SIGKILL.
+# cred_expire: a requeued job waits for it; what is under 5 s means 120. KillWait: what ranks have for saving after SIGTERM.
 CONF = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)

@@ -25,7 +25,7 @@ from tests.launch import ROOT, environment, run
 pytestmark = pytest.mark.skipif(
     bool(missing()), reason=f"NOT RUN: {', '.join(missing())} not here (apt-get install slurm-wlm munge)"
 )
-SAVE_EVERY = 7
+STEPS, SAVE_EVERY = 80, 7
 ON_CPU = ("--gpus-per-node=0", "--ntasks-per-node=1")
 PRETRAIN = {path.stem: path for path in sorted((ROOT / "slurm").glob("pretrain_*.sh"))}
 # Stands for python: writes down what it was started with, then ends with the status that STATUS has for each start.
@@ -59,7 +59,7 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     tiny = yaml.safe_load((ROOT / "tests/tiny.yaml").read_text())
     del tiny["train"]["deepspeed"]
     sections = [f"{section}={json.dumps(values)}" for section, values in tiny.items()]
-    return [*sections, f"data.path={folder}", "train.steps=120", f"run.save_every={SAVE_EVERY}"]
+    return [*sections, f"data.path={folder}", f"train.steps={STEPS}", f"run.save_every={SAVE_EVERY}"]
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def test_finetune_and_convert(tmp_path: Path, cluster: Cluster, trained: Path) -
         assert cluster.finished(job) == ("COMPLETED", 0), cluster.log(job)
     assert (trained / "report.png").stat().st_size > 0 and "knn" in (trained / "probe.json").read_text().lower()
     with safe_open(out, "pt") as file:
-        assert file.metadata()["step"] == "120"
+        assert file.metadata()["step"] == str(STEPS)
 
 
 @pytest.fixture(scope="module")
