@@ -190,13 +190,19 @@ def test_every_script(cluster: Cluster, recorder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "end"), [("75:0", ("COMPLETED", 1)), ("3:0", ("FAILED", 0)), ("137:0", ("FAILED", 0))]
+    ("status", "option", "end"),
+    [
+        ("75:0", "--requeue", ("COMPLETED", 1)),
+        ("75:0", "--no-requeue", ("FAILED", 0)),
+        ("3:0", "--requeue", ("FAILED", 0)),
+        ("137:0", "--requeue", ("FAILED", 0)),
+    ],
 )
 def test_only_what_was_saved_is_requeued(
-    cluster: Cluster, recorder: Path, status: str, end: tuple[str, int]
+    cluster: Cluster, recorder: Path, status: str, option: str, end: tuple[str, int]
 ) -> None:
     stand_in = {"PYTHON": str(recorder), "RECORDS": str(recorder.parent), "STATUS": status}
-    job = cluster.submit("slurm/pretrain_vitb.sh", options=("--nodes=1", *ON_CPU), **stand_in)
+    job = cluster.submit("slurm/pretrain_vitb.sh", options=("--nodes=1", *ON_CPU, option), **stand_in)
     assert cluster.finished(job) == end, cluster.log(job)
 
 
