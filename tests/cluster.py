@@ -19,7 +19,7 @@ DAEMONS = ("munged", "slurmctld", "slurmd")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT")
 GPUS = 8  # a node; they and the CPUs are names only
 WAIT = 180
-# cred_expire: a requeued job waits for it; what is under 5 s means 120. KillWait: what ranks have for saving after SIGTERM.
+# cred_expire: seconds that a requeued job waits; under 5 means 120. KillWait: those that ranks have after SIGTERM.
 CONF = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)

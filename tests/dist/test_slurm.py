@@ -28,6 +28,7 @@ pytestmark = pytest.mark.skipif(
 STEPS, SAVE_EVERY = 80, 7
 ON_CPU = ("--gpus-per-node=0", "--ntasks-per-node=1")
 PRETRAIN = {path.stem: path for path in sorted((ROOT / "slurm").glob("pretrain_*.sh"))}
+OWN = ("data.path=/my data", "train.deepspeed=ds_configs/zero3.json")
 # Stands for python: writes down what it was started with, then ends with the status that STATUS has for each start.
 RECORDER = """#!/usr/bin/env bash
 out=$RECORDS/$SLURM_JOB_ID.${OMPI_COMM_WORLD_RANK:-$SLURM_PROCID}
@@ -159,8 +160,8 @@ def recorded(recorder: Path, job: str, kind: str) -> list[list[str]]:
 
 
 def test_every_script(cluster: Cluster, recorder: Path) -> None:
-    """As they are, but for their nodes where there are more than two: one task a GPU, each knows who it is, and the
-    config that is run is one that can be."""
+    """As they are, but for their nodes where there are more than two: one task a GPU, each knows who it is, the config
+    can be run, and what the user says wins over ZERO."""
     assert len(PRETRAIN) == 7
     stand_in = {"PYTHON": str(recorder), "RECORDS": str(recorder.parent), "STATUS": "0"}
     jobs, nodes = {}, {}
@@ -169,7 +170,7 @@ def test_every_script(cluster: Cluster, recorder: Path) -> None:
         assert found
         nodes[name] = int(found[1])
         options = [f"--nodes={min(nodes[name], 2)}"]
-        jobs[name] = cluster.submit(str(path), "data.path=/my data", options=options, ZERO="1", TP="2", **stand_in)
+        jobs[name] = cluster.submit(str(path), *OWN, options=options, ZERO="1", TP="2", **stand_in)
     for name, job in jobs.items():
         assert cluster.finished(job) == ("COMPLETED", 0), cluster.log(job)
         assert cluster.field(job, "JobName") == name and cluster.field(job, "Requeue") == "1"
@@ -184,7 +185,7 @@ def test_every_script(cluster: Cluster, recorder: Path) -> None:
         (arguments,) = {tuple(task) for task in recorded(recorder, job, "args")}
         assert arguments[:2] == ("-m", "pretrain")
         config = load(ROOT / arguments[2], arguments[3:])
-        assert (config.train.deepspeed, config.train.tensor_parallel) == ("ds_configs/zero1.json", 2)
+        assert (config.train.deepspeed, config.train.tensor_parallel) == ("ds_configs/zero3.json", 2)
         assert config.data.path == "/my data"
         batch_plan(load(ROOT / arguments[2]).train, nodes[name] * GPUS)
 

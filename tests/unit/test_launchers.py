@@ -72,6 +72,29 @@ def test_ranks_without_a_meeting_place_are_refused(monkeypatch):
     assert environment["RANK"] == "3"  # so that rank 0 alone says it
 
 
+def test_the_address_given_to_mpirun_stays(monkeypatch):
+    environment = MPIRUN | {"MASTER_ADDR": "10.0.0.1", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}
+
+    def discovery(verbose):
+        environment.update(RANK="1", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="172.17.0.1", MASTER_PORT="29500")
+
+    monkeypatch.setattr(launchers.os, "environ", environment)
+    monkeypatch.setattr(launchers.deepspeed.comm, "mpi_discovery", discovery)
+    launchers.identify()
+    assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("10.0.0.1", "29500")
+    assert environment["LOCAL_WORLD_SIZE"] == "1"
+
+
+def test_mpirun_without_mpi4py_is_one_line(monkeypatch):
+    def discovery(verbose):
+        raise ImportError("no mpi4py")
+
+    monkeypatch.setattr(launchers.os, "environ", dict(MPIRUN))
+    monkeypatch.setattr(launchers.deepspeed.comm, "mpi_discovery", discovery)
+    with pytest.raises(ConfigError, match="mpirun started this, but mpi4py cannot ask it for the ranks: no mpi4py"):
+        launchers.identify()
+
+
 def test_tasks_per_node():
     assert tasks_per_node("8(x3),4") == [8, 8, 8, 4]
     assert tasks_per_node("1") == [1]
