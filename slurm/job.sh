@@ -20,9 +20,7 @@ if [ "$1" = pretrain ]; then
     set -- "$1" "$2" ${ZERO:+"train.deepspeed=ds_configs/zero$ZERO.json"} ${TP:+"train.tensor_parallel=$TP"} "${@:3}"
 fi
 cpus=$((SLURM_CPUS_ON_NODE / tasks > 0 ? SLURM_CPUS_ON_NODE / tasks : 1))
-# srun reads these, too: it refuses 0 GPUs, and CPUs counted twice.
-unset SLURM_CPUS_PER_GPU
-[ "$gpus" -gt 0 ] || unset SLURM_GPUS_PER_NODE
+unset SLURM_CPUS_PER_GPU # srun reads it, too, and refuses it where there are no GPUs
 
 # Nodes' names need not resolve; the address is the one by which SLURM itself reaches the node. The port lies below
 # those that systems give out by themselves, and a requeued job does not meet its own old one.
@@ -32,9 +30,8 @@ export MASTER_ADDR=${address:-$first}
 export MASTER_PORT=$((10000 + (SLURM_JOB_ID * 10 + ${SLURM_RESTART_COUNT:-0}) % 20000))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
 
-# SLURM's SIGTERM is for this shell, too: it must outlive the ranks, which save. One rank may leave before the others,
-# so none is killed at once; after 30 s those that still wait for a rank that has died are.
-trap : TERM
+# SLURM's signals go to the ranks, not to this shell. They save, and one may leave before the others: none is killed for
+# that at once, but those that still wait for a rank that has died are after 30 s.
 srun --nodes="$nodes" --ntasks=$((nodes * tasks)) --ntasks-per-node="$tasks" --cpus-per-task="$cpus" \
     --kill-on-bad-exit=0 --wait=30 "$PYTHON" -m "$@"
 status=$?
