@@ -170,7 +170,7 @@ def test_every_script(cluster: Cluster, recorder: Path) -> None:
         assert found
         nodes[name] = int(found[1])
         options = [f"--nodes={min(nodes[name], 2)}"]
-        jobs[name] = cluster.submit(str(path), *OWN, options=options, ZERO="1", TP="2", **stand_in)
+        jobs[name] = cluster.submit(str(path), *OWN, options=options, ZERO="2", TP="2", **stand_in)
     for name, job in jobs.items():
         assert cluster.finished(job) == ("COMPLETED", 0), cluster.log(job)
         assert cluster.field(job, "JobName") == name and cluster.field(job, "Requeue") == "1"
@@ -183,7 +183,7 @@ def test_every_script(cluster: Cluster, recorder: Path) -> None:
             ("127.0.0.1", str(10_000 + int(job) * 10 % 20_000))
         }
         (arguments,) = {tuple(task) for task in recorded(recorder, job, "args")}
-        assert arguments[:2] == ("-m", "pretrain")
+        assert arguments[:2] == ("-m", "pretrain") and arguments[3] == "train.deepspeed=ds_configs/zero2.json"
         config = load(ROOT / arguments[2], arguments[3:])
         assert (config.train.deepspeed, config.train.tensor_parallel) == ("ds_configs/zero3.json", 2)
         assert config.data.path == "/my data"
