@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -13,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from scipy.sparse import csr_matrix, vstack
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -22,11 +19,11 @@ from finetune.modality import MODALITIES
 from finetune.samples import Array, Inputs, Matrix, Modality, Represent, Samples, like_sized, valid
 from models.config import ModelConfig
 from models.data2vec import FRONT_ENDS, Encoder
-from pretrain.checkpoint import CheckpointError, latest
-from pretrain.config import Config, ConfigError, load
+from pretrain.config import ConfigError
 from pretrain.data.sources import DataError, Sample, in_one_line
-from pretrain.pieces import MASTER, TEACHER, read_whole
+from pretrain.pieces import MASTER, TEACHER
 from pretrain.progress import Progress
+from pretrain.saved import find, weights
 
 
 class Features(NamedTuple):
@@ -79,46 +76,6 @@ class FrozenEncoder:
         return self(batch.inputs, batch.lengths)
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """One saved step of a run, whose folder may be all there is of it."""
-
-    folder: Path
-
-    @property
-    def run(self) -> Path:
-        """Where reports about it belong."""
-        parent = self.folder.parent
-        return parent.parent if parent.name == "checkpoints" else self.folder
-
-    @property
-    def step(self) -> int:
-        return int(json.loads((self.folder / "state.json").read_text())["step"])
-
-    @property
-    def config(self) -> Config:
-        return load(self.folder / "config.yaml")
-
-
-def find(path: str | Path) -> Checkpoint:
-    """The newest checkpoint of a run folder, or the one that `path` is.
-
-    Raises ConfigError if it is neither, CheckpointError if the run has not saved yet.
-    """
-    path = Path(path).expanduser().resolve()
-    if not path.is_dir():
-        raise ConfigError(f"{path} is no folder; give a run folder or one of its checkpoints/step_*")
-    if (path / "state.json").is_file() and (path / "config.yaml").is_file():
-        return Checkpoint(path)
-    folder = path if path.name == "checkpoints" else path / "checkpoints"
-    newest = latest(folder)
-    if newest is not None and (newest / "state.json").is_file():
-        return Checkpoint(newest)
-    if folder.is_dir() or (path / "metrics.jsonl").is_file():
-        raise CheckpointError(f"{path} holds no complete checkpoint yet; the run saves one every run.save_every steps")
-    raise ConfigError(f"{path} is neither a run folder nor a checkpoint: no checkpoints/latest and no state.json in it")
-
-
 def load_encoder(path: str | Path, which: str = "teacher") -> FrozenEncoder:
     """The teacher or the student of a run's newest or a given checkpoint, in fp32, put together from all ranks' pieces.
 
@@ -136,25 +93,18 @@ def load_encoder(path: str | Path, which: str = "teacher") -> FrozenEncoder:
     if which == "teacher" and FRONT_ENDS[config.modality].given:
         borrowed = {name: shape for name, shape in shapes.items() if name.startswith("local.")}
     own = {name: shape for name, shape in shapes.items() if name not in borrowed}
-    state = weights(found.folder, WEIGHTS[which], own) | weights(found.folder, MASTER, borrowed)
+    state = _read(found.folder, WEIGHTS[which], own) | _read(found.folder, MASTER, borrowed)
     encoder.load_state_dict({name: state[name] for name in shapes})
     return FrozenEncoder(encoder, config)
 
 
-def weights(folder: Path, kind: str, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
-    """fp32 weights of a `kind`, put together from every rank's pieces.
-
-    Raises CheckpointError for a file that cannot be read, and for parameters of which a part is missing.
-    """
-    prefix = "student." if kind == MASTER else ""
-    try:
-        found = read_whole(folder, kind, {prefix + name: shape for name, shape in shapes.items()})
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: {' '.join(str(error).split())[:200]}") from None
-    return {name: found[prefix + name] for name in shapes}
-
-
 WEIGHTS = {"teacher": TEACHER, "student": MASTER}
+
+
+def _read(folder: Path, kind: str, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+    prefix = "student." if kind == MASTER else ""
+    found = weights(folder, kind, {prefix + name: shape for name, shape in shapes.items()})
+    return {name: found[prefix + name] for name in shapes}
 
 
 def extract(

@@ -27,7 +27,7 @@ from sklearn.model_selection import StratifiedKFold
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import normalize
 
-from finetune.features import WEIGHTS, FrozenEncoder, extract_each, find, load_encoder
+from finetune.features import WEIGHTS, FrozenEncoder, extract_each, load_encoder
 from finetune.modality import MODALITIES
 from finetune.samples import Labelled, Labels, Matrix, Represent, Samples
 from pretrain.checkpoint import CheckpointError
@@ -36,6 +36,7 @@ from pretrain.data.fetch import resolve
 from pretrain.data.sources import DataError
 from pretrain.files import write_atomically
 from pretrain.progress import Progress
+from pretrain.saved import find
 
 Count = int | str  # of labels; ALL for as many as there are
 

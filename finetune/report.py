@@ -22,7 +22,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from finetune import audio_panels, image_panels, text_panels
-from finetune.features import Checkpoint, FrozenEncoder, find, load_encoder
+from finetune.features import FrozenEncoder, load_encoder
 from finetune.modality import MODALITIES
 from finetune.panels import (
     BLUE,
@@ -41,6 +41,7 @@ from finetune.samples import NoProbe
 from pretrain.checkpoint import CheckpointError
 from pretrain.config import ConfigError
 from pretrain.data.sources import DataError
+from pretrain.saved import Checkpoint, find
 
 PANELS = {"image": image_panels, "audio": audio_panels, "text": text_panels}
 TIMES = " \N{MULTIPLICATION SIGN} "

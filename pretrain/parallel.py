@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import socket
 import warnings
 from dataclasses import dataclass, replace
 
@@ -13,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from pretrain.config import ConfigError, data_ranks
+from pretrain.launchers import identify
 
 
 @dataclass(frozen=True)
@@ -98,16 +98,11 @@ class ParallelState:
 
 
 def start(tensor_ranks: int = 1) -> World:
-    """Joins the process group of the launcher (torchrun, deepspeed), or makes one of this process alone.
+    """Joins the process group of the launcher, or makes one of this process alone.
 
     Raises ConfigError if the ranks cannot be had, or not be divided into groups of `tensor_ranks`.
     """
-    if "RANK" not in os.environ:
-        with socket.socket() as free:  # without these five, DeepSpeed would look for MPI
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    identify()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")

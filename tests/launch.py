@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,16 +16,22 @@ from safetensors import safe_open
 ROOT = Path(__file__).parent.parent
 TINY = "tests/tiny.yaml"
 TIMEOUT = 240
-LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "SLURM_", "OMPI_", "PMI")  # what they begin with
 
 
 def environment() -> dict[str, str]:
-    clean = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER_VARIABLES)}
     return clean | {
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "TORCH_EXTENSIONS_DIR": str(ROOT / ".venv" / "torch_extensions"),
     }
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def command(module: str, *args: str, ranks: int = 1) -> list[str]:
@@ -36,10 +43,15 @@ def command(module: str, *args: str, ranks: int = 1) -> list[str]:
 
 
 def start(module: str, *args: str, ranks: int = 1) -> subprocess.Popen[str]:
+    return spawn(command(module, *args, ranks=ranks), environment())
+
+
+def spawn(line: list[str], variables: dict[str, str]) -> subprocess.Popen[str]:
+    """A command in a session of its own, with pipes for what it says."""
     return subprocess.Popen(
-        command(module, *args, ranks=ranks),
+        line,
         cwd=ROOT,
-        env=environment(),
+        env=variables,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -49,7 +61,10 @@ def start(module: str, *args: str, ranks: int = 1) -> subprocess.Popen[str]:
 
 def run(module: str, *args: str, ranks: int = 1, status: int | None = 0) -> subprocess.CompletedProcess[str]:
     """Runs to the end; fails with the program's own words if the exit status is not the expected one."""
-    process = start(module, *args, ranks=ranks)
+    return finish(start(module, *args, ranks=ranks), status)
+
+
+def finish(process: subprocess.Popen[str], status: int | None = 0) -> subprocess.CompletedProcess[str]:
     try:
         out, err = process.communicate(timeout=TIMEOUT)
     except subprocess.TimeoutExpired:

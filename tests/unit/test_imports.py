@@ -8,7 +8,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LAYERS = {"models": 0, "pretrain": 1, "finetune": 2, "convert": 2, "benchmarks": 3, "tests": 4}
-DEEPSPEED = {f"pretrain/{name}.py" for name in ("engine", "parallel", "ema", "pieces", "checkpoint", "train")}
+DEEPSPEED = {
+    f"pretrain/{name}.py" for name in ("engine", "parallel", "launchers", "ema", "pieces", "checkpoint", "train")
+}
 MAX_LINES = 450
 FOLDERS = [d for d in ROOT.iterdir() if d.is_dir() and not d.name.startswith(".") and d.name != "runs"]
 FILES = sorted([*ROOT.glob("*.py"), *(file for d in FOLDERS for file in d.rglob("*.py"))])

@@ -15,7 +15,7 @@ from PIL import Image
 
 from finetune import probe as probes
 from finetune import report as reports
-from finetune.features import FrozenEncoder, extract, find, load_encoder
+from finetune.features import FrozenEncoder, extract, load_encoder
 from finetune.image import PIXELS, centre_crops
 from finetune.probe import (
     PRETRAINED,
@@ -34,6 +34,7 @@ from pretrain import pieces
 from pretrain.checkpoint import CheckpointError
 from pretrain.config import Config, ConfigError, load, to_yaml
 from pretrain.data.sources import open_images
+from pretrain.saved import find
 
 ROOT = Path(__file__).parents[2]
 

@@ -17,7 +17,7 @@ from scipy.sparse import csr_matrix, issparse
 from finetune import probe as probes
 from finetune import report as reports
 from finetune.audio import AUDIO, shortest
-from finetune.features import FrozenEncoder, extract_each, find, load_encoder
+from finetune.features import FrozenEncoder, extract_each, load_encoder
 from finetune.mfcc import BANDS, FFT, HOP, WINDOW, dct, deltas, log_mel, mel_bands, mfcc, mfcc_statistics
 from finetune.modality import MODALITIES
 from finetune.probe import ProbeTable, compare, knn_accuracy, labelled_data, linear_accuracy
@@ -34,6 +34,7 @@ from pretrain.data.sources import DataError, Sample
 from pretrain.data.text import Sentences
 from pretrain.data.tokenizer import Tokenizer, open_tokenizer, train_tokenizer
 from pretrain.pieces import file as shard_file
+from pretrain.saved import find
 from tests.unit.test_probe import is_a_picture, write_checkpoint
 
 ROOT = Path(__file__).parents[2]

@@ -1,0 +1,64 @@
+"""A saved step of a run, read without the engine that wrote it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from pretrain.checkpoint import CheckpointError, latest
+from pretrain.config import Config, ConfigError, load
+from pretrain.pieces import read_whole
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One saved step of a run, whose folder may be all there is of it."""
+
+    folder: Path
+
+    @property
+    def run(self) -> Path:
+        """Where reports about it belong."""
+        parent = self.folder.parent
+        return parent.parent if parent.name == "checkpoints" else self.folder
+
+    @property
+    def step(self) -> int:
+        return int(json.loads((self.folder / "state.json").read_text())["step"])
+
+    @property
+    def config(self) -> Config:
+        return load(self.folder / "config.yaml")
+
+
+def find(path: str | Path) -> Checkpoint:
+    """The newest checkpoint of a run folder, or the one that `path` is.
+
+    Raises ConfigError if it is neither, CheckpointError if the run has not saved yet.
+    """
+    path = Path(path).expanduser().resolve()
+    if not path.is_dir():
+        raise ConfigError(f"{path} is no folder; give a run folder or one of its checkpoints/step_*")
+    if (path / "state.json").is_file() and (path / "config.yaml").is_file():
+        return Checkpoint(path)
+    folder = path if path.name == "checkpoints" else path / "checkpoints"
+    newest = latest(folder)
+    if newest is not None and (newest / "state.json").is_file():
+        return Checkpoint(newest)
+    if folder.is_dir() or (path / "metrics.jsonl").is_file():
+        raise CheckpointError(f"{path} holds no complete checkpoint yet; the run saves one every run.save_every steps")
+    raise ConfigError(f"{path} is neither a run folder nor a checkpoint: no checkpoints/latest and no state.json in it")
+
+
+def weights(folder: Path, kind: str, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """`pretrain.pieces.read_whole`, but that it raises CheckpointError, in one line, whatever is wrong."""
+    try:
+        return read_whole(folder, kind, shapes)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: {' '.join(str(error).split())[:200]}") from None

@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# What all jobs have in common: slurm/NAME.sh hands over `MODULE ARGUMENTS...` for python -m; docs/slurm.md has the manual.
+#
+#   ZERO, TP   ZeRO stage and tensor-parallel size of a pretrain job: sbatch --export=ALL,ZERO=3,TP=2 slurm/...
+#   PYTHON     the interpreter; default .venv/bin/python, or python3 where there is none
+set -uo pipefail
+
+if [ -z "${PYTHON:-}" ]; then
+    PYTHON=python3
+    [ -x .venv/bin/python ] && PYTHON=.venv/bin/python
+fi
+
+nodes=1 tasks=1 # of finetune and convert, whatever was allocated
+gpus=${SLURM_GPUS_PER_NODE-0}
+gpus=${gpus##*:} # "a100:8"
+if [ "$1" = pretrain ]; then
+    nodes=$SLURM_JOB_NUM_NODES
+    tasks=${SLURM_NTASKS_PER_NODE:-1}
+    [ "$gpus" -gt 0 ] && tasks=$gpus
+    set -- "$1" "$2" ${ZERO:+"train.deepspeed=ds_configs/zero$ZERO.json"} ${TP:+"train.tensor_parallel=$TP"} "${@:3}"
+fi
+cpus=$((SLURM_CPUS_ON_NODE / tasks > 0 ? SLURM_CPUS_ON_NODE / tasks : 1))
+unset SLURM_CPUS_PER_GPU # srun reads it, too, and refuses it where there are no GPUs
+
+# Nodes' names need not resolve; the address is the one by which SLURM itself reaches the node. The port lies below
+# those that systems give out by themselves, and a requeued job does not meet its own old one.
+read -r first <<<"$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
+address=$(scontrol show node --oneliner "$first" | sed -n 's/.* NodeAddr=\([^ ]*\) .*/\1/p')
+export MASTER_ADDR=${address:-$first}
+export MASTER_PORT=$((10000 + (SLURM_JOB_ID * 10 + ${SLURM_RESTART_COUNT:-0}) % 20000))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
+
+# SLURM's signals go to the ranks, not to this shell. They save, and one may leave before the others: none is killed for
+# that at once, but those that still wait for a rank that has died are after 30 s.
+srun --nodes="$nodes" --ntasks=$((nodes * tasks)) --ntasks-per-node="$tasks" --cpus-per-task="$cpus" \
+    --kill-on-bad-exit=0 --wait=30 "$PYTHON" -m "$@"
+status=$?
+
+# 75 is pretrain's "saved on a signal". Any other failure would come again; and a job that is cancelled, or that SLURM
+# requeues by itself, is no longer RUNNING.
+if [ "$status" = 75 ] && [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then
+    echo "saved: requeueing job $SLURM_JOB_ID"
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# data2vec 2.0 base on LibriSpeech, 8 GPUs: sbatch slurm/pretrain_audio_base.sh data.path=/LibriSpeech [section.key=value ...]
+#SBATCH --job-name=pretrain_audio_base --output=slurm-%x-%j.out --open-mode=append
+#SBATCH --nodes=1 --gpus-per-node=8 --cpus-per-gpu=8 --time=24:00:00
+#SBATCH --requeue --signal=USR1@300
+cd "${SLURM_SUBMIT_DIR:-.}" && [ -f slurm/job.sh ] && exec bash slurm/job.sh pretrain configs/pretrain/audio_base.yaml "$@"
+echo "error: no slurm/job.sh in $PWD: sbatch slurm/pretrain_audio_base.sh from the repository's folder" >&2 && exit 2
