@@ -198,6 +198,8 @@ def prune(folder: Path, newest: str, run: RunConfig) -> None:
     `newest`: the future of a run that went on from an earlier step."""
     for rubbish in (*folder.glob(PARTIAL + "*"), *folder.glob(REPLACED + "*")):
         shutil.rmtree(rubbish, ignore_errors=True)
+    for pointer in folder.glob(".latest.*"):
+        pointer.unlink(missing_ok=True)
     saved = sorted(folder.glob("step_*"))
     past = [path for path in saved if path.name <= newest]
     every = [p for p in past if run.keep_every and int(p.name.removeprefix("step_")) % run.keep_every == 0]

@@ -155,9 +155,10 @@ class Peers:
                 try:
                     failure = store.submit(self._beat, beats, still).result(self.silent)
                 except (dist.DistError, TimeoutError) as error:
+                    self._claim_the_end()
                     reason = _last_line(str(error)) or type(error).__name__
                     keeper = f"{self.who[0]}, or the launcher, which keeps the ranks' store,"
-                    failure = Failure(self.rank, 1, f"rank {self.rank} ends: {keeper} has gone ({reason})", reason)
+                    _quit(1, f"rank {self.rank} ends: {keeper} has gone ({reason})")
                 if failure:
                     time.sleep(GRACE)  # what all ranks have found at once, the main thread is about to say itself
                     self._end(failure)
@@ -188,14 +189,13 @@ class Peers:
 
     def _end(self, failure: Failure) -> NoReturn:
         """Ends this process for `failure`, or for an earlier one: its own rank speaks when all others have."""
-        if not self._ending.acquire(blocking=False):
-            threading.Event().wait()  # the other thread is about to end the process
-        self._stop.set()
-        first = failure
-        with suppress(dist.DistError):  # the store may have gone
+        self._claim_the_end()
+        try:
             first = Failure(**json.loads(self._store.compare_set("failure", "", json.dumps(asdict(failure)))))
             if first.rank == self.rank:
                 self._until(lambda: self._store.add("told", 0) >= self.size - 1, LAST_WORDS)
+        except dist.DistError:  # the store has gone, with rank 0
+            first = failure
         if first.rank == self.rank:
             print(first.text, file=sys.stderr, flush=True)
         elif failure.rank != self.rank or failure.text != first.text:  # not what all say at once
@@ -208,8 +208,13 @@ class Peers:
                 self._store.add("told", 1)
                 self._until(lambda: self._store.check(["said"]), 2 * LAST_WORDS)
                 time.sleep(2 * GRACE)  # launchers blame the rank that ends first
-        sys.stdout.flush()
-        os._exit(first.status)  # collectives, loaders and kernels on the device may never end
+        _quit(first.status)
+
+    def _claim_the_end(self) -> None:
+        """Goes on in one thread only, the first; the other waits to be ended."""
+        if not self._ending.acquire(blocking=False):
+            threading.Event().wait()
+        self._stop.set()
 
     def _stop_watching(self) -> None:
         assert self._thread is not None
@@ -231,6 +236,13 @@ def _on_stop_signals(action: signal.Handlers) -> None:
 
 def _own_name(rank: int) -> str:
     return f"rank {rank} ({socket.gethostname()}, pid {os.getpid()})"
+
+
+def _quit(status: int, words: str = "") -> NoReturn:
+    """Ends the process without waiting for anything: collectives, loaders and kernels on the device may never end."""
+    print(words, end="\n" if words else "", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(status)
 
 
 def _last_line(text: str) -> str:

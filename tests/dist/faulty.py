@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import signal
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from pretrain import fingerprint, train
-from pretrain.__main__ import main
+import pretrain.__main__ as program
+from pretrain import checkpoint, fingerprint, train
 from pretrain.data.sources import DataError
 from pretrain.train import Trainer
 
@@ -38,6 +41,19 @@ def fall_asleep() -> None:
     time.sleep(600)
 
 
+def small_files() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+
+def pointer_without_space() -> None:
+    """Of the checkpoint's files the last, with all others written."""
+
+    def write(path: Path, _: str) -> None:
+        throw(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+
+    checkpoint.write_atomically = write
+
+
 def another_code() -> None:
     true = fingerprint.code
     train.code = lambda: true() | {"pretrain/train.py": "another"}
@@ -55,8 +71,6 @@ def other_data() -> None:
 
 
 def another_rate() -> None:
-    import pretrain.__main__ as program
-
     whole = program.load
 
     def load(*args: Any) -> Any:
@@ -75,6 +89,8 @@ FAULTS: dict[str, Callable[[], None]] = {
     "code": another_code,
     "samples": other_data,
     "config": another_rate,
+    "limit": lambda: at_step(small_files),
+    "pointer": lambda: at_step(pointer_without_space),
     "none": lambda: None,
 }
 
@@ -83,4 +99,4 @@ if __name__ == "__main__":
     del sys.argv[1:3]
     if os.environ.get("RANK") == rank:
         FAULTS[fault]()
-    sys.exit(main())
+    sys.exit(program.main())
