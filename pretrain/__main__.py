@@ -31,7 +31,7 @@ def main() -> int:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     args = parser.parse_intermixed_args()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    faulthandler.enable()
+    faulthandler.enable(2)  # Python's stack for a crash in native code
     peers = Peers()
     try:
         if args.dry_run:

@@ -114,9 +114,8 @@ def save(
         prune(folder, name, config.run)
 
     try:
-        for work in (clear, write_shard, publish):
-            alone = work is not write_shard
-            _together(work if world.is_main or not alone else None, partial, world)
+        for work, everyone in ((clear, False), (write_shard, True), (publish, False)):
+            _together(work if everyone or world.is_main else None, partial, world)
     except CheckpointError:
         if world.is_main:
             shutil.rmtree(partial, ignore_errors=True)  # what it fills the disk with

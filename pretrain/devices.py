@@ -17,14 +17,15 @@ def choose_device(peers: Peers) -> torch.device:
     differ would wait for each other."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     kind = "cuda" if gpus else "cpu"
-    peers.agree("devices", json.dumps([kind, mismatch(os.environ, gpus)]), lambda values: disagreement(values, peers))
+    problem = mismatch(os.environ, gpus, os.path.exists("/dev/nvidiactl"))
+    peers.agree("devices", json.dumps([kind, problem]), lambda values: disagreement(values, peers))
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if gpus else torch.device("cpu")
 
 
-def mismatch(environment: Mapping[str, str], gpus: int) -> str:
-    """What of `environment` the GPUs found contradict, in a sentence; empty if nothing."""
+def mismatch(environment: Mapping[str, str], gpus: int, driver: bool) -> str:
+    """What of `environment` the GPUs found contradict, or nothing. `driver`: NVIDIA's is there."""
     visible = environment.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
+    if visible is not None and driver:  # without one, the deepspeed launcher sets it, too
         named = [name for name in visible.split(",") if name.strip() not in ("", "-1", "NoDevFiles")]
         if len(named) != gpus:
             return f"CUDA_VISIBLE_DEVICES={visible} names {len(named)} GPUs, PyTorch finds {gpus}; {_REMEDY}"

@@ -104,7 +104,7 @@ def start(tensor_ranks: int = 1, peers: Peers | None = None) -> World:
     """Joins the process group of the launcher (torchrun, deepspeed), or makes one of this process alone.
 
     Raises ConfigError, on all ranks, if they do not meet, if their devices do not agree, or if they cannot be divided
-    into groups of `tensor_ranks`.
+    into groups of `tensor_ranks`. `peers` are to watch over each other.
     """
     if "RANK" not in os.environ:
         with socket.socket() as free:  # without these five, DeepSpeed would look for MPI
@@ -112,8 +112,10 @@ def start(tensor_ranks: int = 1, peers: Peers | None = None) -> World:
             port = free.getsockname()[1]
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    peers = peers or Peers()
-    peers.join()
+    if peers is None:
+        peers = Peers()  # nobody watches over tools
+    else:
+        peers.join()
     device = choose_device(peers)
     if device.type == "cuda":
         torch.cuda.set_device(device)

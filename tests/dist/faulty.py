@@ -56,7 +56,7 @@ def pointer_without_space() -> None:
 
 def another_code() -> None:
     true = fingerprint.code
-    train.code = lambda: true() | {"pretrain/train.py": "another"}
+    program.code = lambda: true() | {"pretrain/train.py": "another"}
 
 
 def other_data() -> None:

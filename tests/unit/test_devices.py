@@ -27,8 +27,12 @@ from pretrain.peers import Peers
     ],
 )
 def test_what_a_rank_refuses(environment, gpus, told):
-    found = mismatch(environment, gpus)
+    found = mismatch(environment, gpus, driver=True)
     assert told in found and bool(told) == bool(found) and "\n" not in found
+
+
+def test_without_a_driver_the_deepspeed_launcher_names_gpus_that_are_not_there():
+    assert mismatch({"CUDA_VISIBLE_DEVICES": "0,1", "LOCAL_WORLD_SIZE": "2"}, 0, driver=False) == ""
 
 
 def three():
