@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import faulthandler
 import logging
-import os
 import sys
+import traceback
+
+import torch
 
 from pretrain import parallel
 from pretrain.checkpoint import CheckpointError
 from pretrain.config import ConfigError, load, to_yaml
 from pretrain.data.sources import DataError
+from pretrain.fingerprint import agree, code, settings
+from pretrain.peers import Peers
 from pretrain.plan import describe
 from pretrain.runtime import EXIT_BAD_INPUT, EXIT_DIVERGED
 from pretrain.train import Diverged, train
@@ -25,30 +31,40 @@ def main() -> int:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     args = parser.parse_intermixed_args()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    faulthandler.enable(2)  # Python's stack for a crash in native code
+    peers = Peers()
     try:
-        config = load(args.config, args.overrides)
         if args.dry_run:
+            config = load(args.config, args.overrides)
             costs = describe(config, args.ranks)  # first, so that an error comes alone
             print(to_yaml(config), costs, sep="\n")
             return 0
-        return train(config, parallel.start(config.train.tensor_parallel))
-    except (ConfigError, CheckpointError) as error:
-        say(f"error: {error}")
-        return EXIT_BAD_INPUT
-    except DataError as error:  # of this rank alone, perhaps
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    except Diverged as error:
-        say(f"stopped: {error}")
-        return EXIT_DIVERGED
-    finally:
-        parallel.stop()
+        world = parallel.start(peers=peers)  # first, so that the others learn of what this rank alone cannot read
+        config = load(args.config, args.overrides)
+        peers.silent = config.watch.silent_seconds
+        agree(peers, {"config": settings(config), "code": code()})
+        status = train(config, parallel.split_world(world, config.train.tensor_parallel))
+    except (Exception, KeyboardInterrupt) as error:
+        status = peers.fail(*told(error), lost=from_another_rank(error))
+    parallel.stop()
+    peers.leave()
+    return status
 
 
-def say(line: str) -> None:
-    """What all ranks have to say, once."""
-    if os.environ.get("RANK", "0") == "0":
-        print(line, file=sys.stderr)
+def told(error: BaseException) -> tuple[int, str]:
+    """The exit status, and what is to be said: one line about bad input, a traceback otherwise."""
+    if isinstance(error, ConfigError | CheckpointError | DataError):
+        return EXIT_BAD_INPUT, f"error: {error}"
+    if isinstance(error, Diverged):
+        return EXIT_DIVERGED, f"stopped: {error}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return EXIT_BAD_INPUT, f"error: cannot write {error.filename or 'the run folder'}: {error.strerror}"
+    return 1, "".join(traceback.format_exception(error)).rstrip()
+
+
+def from_another_rank(error: BaseException) -> bool:
+    """Whether it is what a collective raises when the connection to another rank breaks."""
+    return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -29,6 +30,7 @@ from pretrain.files import flush, write_atomically
 from pretrain.parallel import World
 
 PARTIAL = ".partial-"
+REPLACED = ".replaced-"  # a checkpoint whose step is saved again, until the new one is there
 PACKING = "train.micro_batch"  # of samples that differ in length it decides which of them meet
 # What may change between a run and its continuation.
 FREE = (
@@ -73,23 +75,21 @@ def save(
     name = f"step_{state.step:08d}"
     read, failures = world.sum(torch.tensor([state.read, state.failures], device=world.device)).tolist()
     partial, final = folder / (PARTIAL + name), folder / name
-    if world.is_main:
+
+    def clear() -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    _barrier(world)
-    owned = [*pieces.optimizer_pieces(engine), *teacher.pieces]
-    if not engine.zero_optimization():  # all data-parallel peers hold the same: each writes its share
-        owned = [piece.share(world.data_rank, world.data_ranks) for piece in owned]
-    if world.tensor_rank:  # what is whole on tensor-parallel peers, the first of them writes
-        owned = [piece for piece in owned if piece.split]
-    problem = ""
-    try:
+
+    def write_shard() -> None:
+        owned = [*pieces.optimizer_pieces(engine), *teacher.pieces]
+        if not engine.zero_optimization():  # all data-parallel peers hold the same: each writes its share
+            owned = [piece.share(world.data_rank, world.data_ranks) for piece in owned]
+        if world.tensor_rank:  # what is whole on tensor-parallel peers, the first of them writes
+            owned = [piece for piece in owned if piece.split]
         pieces.write(pieces.file(partial, world.rank), owned)
         flush(pieces.file(partial, world.rank))
-    except (OSError, SafetensorError) as error:
-        problem = f"cannot write {partial} on rank {world.rank}: {_reason(error)}; nothing older is lost"
-    agree(problem, world)
-    if world.is_main:
+
+    def publish() -> None:
         meta = asdict(state) | {
             "read": read,
             "failures": failures,
@@ -103,26 +103,46 @@ def save(
         }
         (partial / "state.json").write_text(json.dumps(meta, indent=2) + "\n")
         (partial / "config.yaml").write_text(to_yaml(config))
-    _barrier(world)
-    if world.is_main:
         for file in (partial / "state.json", partial / "config.yaml", partial):
             flush(file)
-        if final.exists():  # the same step, saved by a run that was killed before it moved the pointer
-            shutil.rmtree(final)
+        if final.exists():  # the same step, saved before; `latest` may point to it, and finds it aside
+            shutil.rmtree(folder / (REPLACED + name), ignore_errors=True)
+            final.rename(folder / (REPLACED + name))
         partial.rename(final)
         flush(folder)
         write_atomically(folder / "latest", name + "\n")
         prune(folder, name, config.run)
-    _barrier(world)
+
+    try:
+        for work, everyone in ((clear, False), (write_shard, True), (publish, False)):
+            _together(work if everyone or world.is_main else None, partial, world)
+    except CheckpointError:
+        if world.is_main:
+            shutil.rmtree(partial, ignore_errors=True)  # what it fills the disk with
+        raise
     return final
+
+
+def _together(work: Callable[[], None] | None, path: Path, world: World) -> None:
+    """Does this rank's part of the work, if it has one; raises CheckpointError on all ranks if one cannot write."""
+    problem = ""
+    try:
+        if work:
+            work()
+    except (OSError, SafetensorError) as error:
+        problem = f"cannot write {path} on rank {world.rank}: {_reason(error)}; nothing older is lost"
+    agree(problem, world)
 
 
 def latest(folder: Path) -> Path | None:
     """The newest complete checkpoint, or None if there is none yet. CheckpointError if the pointer leads nowhere."""
     try:
-        newest = folder / (folder / "latest").read_text().strip()
+        name = (folder / "latest").read_text().strip()
     except FileNotFoundError:
         return None
+    newest = folder / name
+    if not newest.exists() and (folder / (REPLACED + name)).exists():  # killed while another took its place
+        newest = folder / (REPLACED + name)
     if not (newest / "state.json").is_file():
         there = ", ".join(path.name for path in sorted(folder.glob("step_*"))) or "none"
         raise CheckpointError(f"{folder / 'latest'} names {newest.name}, which is not there; these are: {there}")
@@ -175,8 +195,10 @@ def _reason(error: BaseException) -> str:
 def prune(folder: Path, newest: str, run: RunConfig) -> None:
     """Deletes what neither keep_last nor keep_every holds on to, what a kill left half-written, and what lies after
     `newest`: the future of a run that went on from an earlier step."""
-    for path in folder.glob(PARTIAL + "*"):
-        shutil.rmtree(path, ignore_errors=True)
+    for rubbish in (*folder.glob(PARTIAL + "*"), *folder.glob(REPLACED + "*")):
+        shutil.rmtree(rubbish, ignore_errors=True)
+    for pointer in folder.glob(".latest.*"):
+        pointer.unlink(missing_ok=True)
     saved = sorted(folder.glob("step_*"))
     past = [path for path in saved if path.name <= newest]
     every = [p for p in past if run.keep_every and int(p.name.removeprefix("step_")) % run.keep_every == 0]
@@ -211,8 +233,3 @@ def _scaler(engine: deepspeed.DeepSpeedEngine) -> Any:
     if not engine.fp16_enabled():
         return None
     return engine.optimizer.loss_scaler if engine.zero_optimization() else engine.optimizer.loss_scale_config
-
-
-def _barrier(world: World) -> None:
-    if world.size > 1:
-        dist.barrier()

@@ -115,6 +115,10 @@ class RunConfig:
 class WatchConfig:
     """The run stops if, after `after_steps`, a deviation falls under its minimum (docs/method.md 1.10); or at any time
     if the gradient norm rises over `max_grad_norm` or fp16's loss scale falls under `min_loss_scale` (0: not watched).
+
+    A step over `slow_step` times the median of recent ones (0: not watched) and over `slow_seconds` has all ranks'
+    stacks dumped; one over `hang_minutes` (0: not watched) ends the run, and so does a rank that has not been heard of
+    for `silent_seconds` (docs/faults.md).
     """
 
     after_steps: int = 5000
@@ -122,6 +126,10 @@ class WatchConfig:
     min_prediction_deviation: float = 0.0
     max_grad_norm: float = 0.0
     min_loss_scale: float = 0.0
+    slow_step: float = 10.0
+    slow_seconds: float = 30.0
+    hang_minutes: float = 30.0
+    silent_seconds: float = 40.0
 
 
 @dataclass(frozen=True)
@@ -181,7 +189,7 @@ def check(config: Config) -> None:
     """Raises ConfigError naming every setting that cannot work."""
     found = problems(config.model)
     optim, train, data, run = config.optim, config.train, config.data, config.run
-    image, audio = data.image, data.audio
+    image, audio, watch = data.image, data.audio, config.watch
     rules = [
         (optim.lr > 0, f"optim.lr={optim.lr} must be positive"),
         (all(0 <= b < 1 for b in optim.betas), f"optim.betas={optim.betas} must lie in [0, 1)"),
@@ -207,6 +215,9 @@ def check(config: Config) -> None:
         (0 < image.crop_ratio[0] <= image.crop_ratio[1], f"data.image.crop_ratio={image.crop_ratio}: 0 < low <= high"),
         (0 <= image.flip <= 1, f"data.image.flip={image.flip} must lie in [0, 1]"),
         (image.max_pixels >= 1, f"data.image.max_pixels={image.max_pixels} must be at least 1"),
+        (watch.slow_step >= 0 and watch.hang_minutes >= 0, "watch.slow_step and watch.hang_minutes must be 0 or more"),
+        (watch.slow_seconds > 0, f"watch.slow_seconds={watch.slow_seconds} must be positive"),
+        (watch.silent_seconds > 0, f"watch.silent_seconds={watch.silent_seconds} must be positive"),
         (audio.pool >= 1 and audio.multiple >= 1, "data.audio.pool and data.audio.multiple must be at least 1"),
     ]
     if config.model.modality == "audio" and not found:

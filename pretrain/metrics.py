@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +75,9 @@ class Recorder:
 
     def close(self) -> None:
         if self.active:
-            for file in self._files.values():
-                file.close()
-            self._board.close()
+            for file in (*self._files.values(), self._board):
+                with suppress(OSError):  # of a full disk, which what was written last has told of
+                    file.close()
 
     def _write(self, name: str, step: int, values: dict[str, float]) -> None:
         self._files[name].write(json.dumps({"step": step} | values) + "\n")

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import deepspeed
 import torch
 import torch.distributed as dist
 
-from pretrain.config import ConfigError, data_ranks
+from pretrain.config import data_ranks
+from pretrain.devices import choose_device
 from pretrain.launchers import identify
+from pretrain.peers import Peers
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class World:
     tensor_ranks: int = 1
     data_group: dist.ProcessGroup | None = None  # None: all ranks
     tensor_group: dist.ProcessGroup | None = None  # None: this rank alone
+    peers: Peers = field(default_factory=Peers)
 
     @property
     def is_main(self) -> bool:
@@ -97,19 +99,19 @@ class ParallelState:
         return None
 
 
-def start(tensor_ranks: int = 1) -> World:
+def start(tensor_ranks: int = 1, peers: Peers | None = None) -> World:
     """Joins the process group of the launcher, or makes one of this process alone.
 
-    Raises ConfigError if the ranks cannot be had, or not be divided into groups of `tensor_ranks`.
+    Raises ConfigError, on all ranks, if they do not meet, if their devices do not agree, or if they cannot be divided
+    into groups of `tensor_ranks`. `peers` are to watch over each other.
     """
     identify()
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda:
-        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
-        if here > gpus:
-            raise ConfigError(f"{here} ranks were started on a machine with {gpus} GPUs; start one a GPU")
+    if peers is None:
+        peers = Peers()  # nobody watches over tools
+    else:
+        peers.join()
+    device = choose_device(peers)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # fp32 is to mean fp32
     else:
@@ -119,13 +121,15 @@ def start(tensor_ranks: int = 1) -> World:
     # On CPU, DeepSpeed would compile a shared-memory collective here; a killed rank leaves its lock behind, on which
     # every later start waits for ever. gloo does without.
     deepspeed.ops.__compatible_ops__.pop("deepspeed_shm_comm", None)
-    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
-    world = World(dist.get_rank(), dist.get_world_size(), device)
-    return split_world(world, tensor_ranks) if tensor_ranks > 1 else world
+    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+    world = World(dist.get_rank(), dist.get_world_size(), device, peers=peers)
+    return split_world(world, tensor_ranks)
 
 
 def split_world(world: World, tensor_ranks: int) -> World:
     """A world of the same ranks with groups of `tensor_ranks` who share layers. Collective."""
+    if tensor_ranks == 1:
+        return world
     data_ranks(world.size, tensor_ranks)  # refuses what leaves a rest
     from megatron.core import parallel_state  # takes seconds, and only this needs it
 

@@ -46,10 +46,13 @@ class StopRequest:
         self._pending = dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
         return False
 
-    def close(self) -> None:
-        """Gives the signals back."""
+    def settle(self) -> None:
+        """Waits for what the last `agreed` has started: only where all ranks get here."""
         if self._pending is not None:
             self._pending.wait()
             self._pending = None
+
+    def close(self) -> None:
+        """Gives the signals back."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)

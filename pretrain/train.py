@@ -25,10 +25,12 @@ from pretrain.data.sources import DataError
 from pretrain.ema import ShardedTeacher
 from pretrain.engine import StepResult, build_engine, loss_scale, optimizer_step
 from pretrain.files import write_atomically
+from pretrain.fingerprint import agree, data, streams
 from pretrain.metrics import Recorder
 from pretrain.optim import ema_decay, learning_rate, set_hyperparameters
 from pretrain.parallel import World
 from pretrain.runtime import EXIT_RESUME, StopRequest
+from pretrain.watchdog import Watchdog
 
 TOLERATED = 10  # undecodable files that do not stop a run whose share of them is still a small number's noise
 
@@ -146,12 +148,15 @@ def train(config: Config, world: World) -> int:
 
     Raises ConfigError, DataError, CheckpointError or Diverged, each with one clear line.
     """
+    peers = world.peers
     folder = Path(config.run.dir)
     checkpoints = folder / "checkpoints"
     newest = checkpoint.latest(checkpoints)
     if newest:
         refuse_other_experiment(newest, config)
     dataset = build_dataset(config, progress=world.is_main)
+    found = {"path": str(newest)}
+    agree(peers, {"data": data(dataset), "random numbers": streams(config.train.seed), "newest checkpoint": found})
     trainer = Trainer(config, world)
     if newest:
         trainer.state = checkpoint.load(newest, trainer.engine, trainer.teacher, world)
@@ -169,11 +174,13 @@ def train(config: Config, world: World) -> int:
     recorder.say(f"run folder {folder}: " + (f"resuming after step {state.step}" if newest else "starting"))
     for note in dataset.notes:
         recorder.say(f"data: {note}")
+    watchdog = Watchdog(config.watch, folder, peers, recorder.say)
     stop = StopRequest(world)
     batches = build_loader(dataset, config, trainer.plan, world, state.batches)
     saved = state.step
     try:
         while state.step < steps:
+            watchdog.step(state.step + 1)
             sums, result = trainer.step([next(batches) for _ in range(trainer.plan.accumulation)])
             for failure in sums.failures:
                 recorder.note(f"could not decode {failure}")
@@ -191,6 +198,7 @@ def train(config: Config, world: World) -> int:
                 if logging:
                     recorder.record(state.step, metrics, read)
             if saving:
+                watchdog.other(f"the checkpoint after step {state.step}")
                 path = checkpoint.save(checkpoints, trainer.engine, trainer.teacher, state, config, world)
                 recorder.note(f"saved {path}")
                 saved = state.step
@@ -200,11 +208,13 @@ def train(config: Config, world: World) -> int:
                     f"{name}: saved after step {state.step}; the same command continues (exit status {EXIT_RESUME})"
                 )
                 return EXIT_RESUME
+        stop.settle()
         recorder.say(f"finished {steps} steps; checkpoint {checkpoint.latest(checkpoints)}")
         return 0
     except Diverged as error:
         raise Diverged(f"{error} {last_good(checkpoints)}") from None
     finally:
+        watchdog.close()
         batches.close()
         stop.close()
         recorder.close()

@@ -85,6 +85,9 @@ class AudioDataset(torch.utils.data.Dataset):
             )
         return notes
 
+    def fingerprint(self) -> str:
+        return self.source.fingerprint()
+
     def __len__(self) -> int:
         return len(self._used)
 

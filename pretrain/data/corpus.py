@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 
 from pretrain.data.documents import EMPTY, Documents, TextReader, find_text
 from pretrain.data.encode import encode
+from pretrain.data.names import digest
 from pretrain.data.sources import DataError
 from pretrain.data.tokenizer import Tokenizer, open_tokenizer
 from pretrain.files import write_atomically
@@ -97,6 +98,12 @@ class Corpus:
 
     def __reduce__(self) -> tuple:
         return Corpus, (self.prefixes,)
+
+    def fingerprint(self) -> str:
+        """Tells this corpus from others, wherever it lies: its sizes, its tokenizer, and some of its ids."""
+        starts = np.linspace(0, max(0, self.tokens - _PROBE), _PROBES).astype(np.int64)
+        probes = [self.read(int(start), min(int(start) + _PROBE, self.tokens)) for start in starts]
+        return digest(self._ends, self.meta.fingerprint.encode(), *probes)
 
     def read(self, start: int, stop: int) -> NDArray[np.int64]:
         """The ids at [start, stop) of the stream, a copy."""

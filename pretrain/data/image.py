@@ -59,6 +59,9 @@ class ImageDataset(torch.utils.data.Dataset):
         if self.channels not in (1, 3):
             raise DataError(f"images have 1 channel (grey) or 3 (RGB), not {self.channels}")
 
+    def fingerprint(self) -> str:
+        return self.source.fingerprint()
+
     def __len__(self) -> int:
         return len(self.source)
 

@@ -37,6 +37,9 @@ class Dataset(Protocol):
     def assets(self) -> tuple[Path, ...]:
         """Files that the samples mean nothing without; the run folder keeps copies."""
 
+    def fingerprint(self) -> str:
+        """Tells these samples from others by what is in memory of them, wherever they lie."""
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, key: Any) -> Sample: ...

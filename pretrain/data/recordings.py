@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 
 from models.config import RATE
 from pretrain.data.fetch import cache_folder
-from pretrain.data.sources import HELD_OUT, DataError, FolderLabels, Names, listing, split_folder, split_names, walk
+from pretrain.data.names import FolderLabels, Names, digest
+from pretrain.data.sources import HELD_OUT, DataError, listing, split_folder, split_names, walk
 from pretrain.files import write_atomically
 from pretrain.progress import Progress
 
@@ -97,6 +98,10 @@ class AudioSource:
 
     def __len__(self) -> int:
         return len(self._names)
+
+    def fingerprint(self) -> str:
+        """Tells these recordings from others, wherever they lie."""
+        return digest(*self._names.packed, self.lengths, self._rates)
 
     def name(self, index: int) -> str:
         """The path of recording `index`."""

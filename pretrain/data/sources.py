@@ -1,6 +1,6 @@
 """Where images lie: folders, WebDataset tar shards and idx files, told apart by `open_images`.
 
-Also what sources of every modality share: packed names, walks, splits, labels, and stand-ins for broken samples.
+Also what sources of every modality share: walks, splits, labels, and stand-ins for broken samples.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from typing import BinaryIO, Protocol, TypeVar
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+
+from pretrain.data.names import FolderLabels, Names, digest
 
 _SUFFIXES = "jpg jpeg png bmp gif webp tif tiff ppm pgm jp2 avif"
 _EXTENSIONS = tuple(f".{name}" for name in _SUFFIXES.split())
@@ -62,55 +64,14 @@ class ImageSource(Protocol):
 
     def __len__(self) -> int: ...
 
+    def fingerprint(self) -> str:
+        """Tells these images from others, wherever they lie, without decoding them."""
+
     def name(self, index: int) -> str:
         """Where image `index` lies, for logs: a path, `shard.tar:member` or `file.gz[17]`."""
 
     def read(self, index: int) -> Image.Image:
         """Open image `index`, not necessarily decoded yet; may raise any decoding error."""
-
-
-class Names:
-    """Strings packed into two flat buffers: no objects whose reference counts unshare a worker's memory."""
-
-    def __init__(self) -> None:
-        self._text = bytearray()
-        self._ends = array("q", [0])
-
-    def append(self, name: str) -> None:
-        self._text += os.fsencode(name)
-        self._ends.append(len(self._text))
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    def __getitem__(self, index: int) -> str:
-        return os.fsdecode(bytes(self._text[self._ends[index] : self._ends[index + 1]]))
-
-
-class FolderLabels:
-    """Classes of files told one by one in the order of `walk`: the first-level folder of each.
-
-    There are none unless two or more such folders hold files and no file lies beside them.
-    """
-
-    def __init__(self) -> None:
-        self._numbers: dict[str, int] = {}
-        self._labels = array("q")
-        self._loose = False
-
-    def append(self, name: str) -> None:
-        folder, slash, _ = name.partition("/")
-        self._loose = self._loose or not slash
-        self._labels.append(self._numbers.setdefault(folder, len(self._numbers)))
-
-    def finish(self) -> tuple[np.ndarray | None, list[str]]:
-        """int64 (n,) labels and the sorted class names they index; None and no names if unlabelled."""
-        if self._loose or len(self._numbers) < 2:
-            return None, []
-        classes = sorted(self._numbers, key=os.fsencode)
-        rank = np.empty(len(classes), np.int64)
-        rank[[self._numbers[name] for name in classes]] = np.arange(len(classes))
-        return rank[np.array(self._labels, np.int64)], classes
 
 
 class FolderSource:
@@ -130,6 +91,9 @@ class FolderSource:
 
     def __len__(self) -> int:
         return len(self._names)
+
+    def fingerprint(self) -> str:
+        return digest(*self._names.packed)
 
     def name(self, index: int) -> str:
         return os.path.join(self._root, self._names[index])
@@ -170,6 +134,9 @@ class TarSource:
 
     def __len__(self) -> int:
         return len(self._names)
+
+    def fingerprint(self) -> str:
+        return digest(*self._names.packed, self._places)
 
     def name(self, index: int) -> str:
         return f"{self._shards[self._places[index, 0]]}:{self._names[index]}"
@@ -221,6 +188,9 @@ class IdxSource:
 
     def __len__(self) -> int:
         return len(self._images)
+
+    def fingerprint(self) -> str:
+        return digest(np.array(self._images.shape), self._images[:: -(-len(self) // 64)])
 
     def name(self, index: int) -> str:
         return f"{self._path}[{index}]"

@@ -49,6 +49,9 @@ class TextDataset(torch.utils.data.Dataset):
             self.notes += (f"left out when the corpus was made: {skipped}",)
         self.assets = (path,)
 
+    def fingerprint(self) -> str:
+        return self.corpus.fingerprint()
+
     def __len__(self) -> int:
         return self.corpus.tokens // (self.tokens - 1)
 
