@@ -25,7 +25,7 @@ runs/corpus/english.idx: .venv/.ready data/state_of_the_union/state_of_the_union
 	$(BIN)/python -m pretrain.data.corpus $(TEXTS) --tokenizer runs/corpus/tokenizer.model --out runs/corpus/english
 
 test: .venv/.ready-dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: .venv/.ready-dev
 	$(BIN)/ruff format --check .
