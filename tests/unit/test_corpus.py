@@ -89,6 +89,17 @@ def test_a_corpus_is_the_text_and_describes_itself(built, model):
     assert sorted(p.name for p in built.parent.iterdir()) == ["c.bin", "c.idx", "c.json", "c.model", "t.txt"]
 
 
+def test_the_fingerprint_tells_texts_apart_wherever_they_lie(built, model, tmp_path):
+    expected = open_corpus(built).fingerprint()
+    (tmp_path / "there").mkdir()
+    for file in built.parent.glob("c.*"):
+        shutil.copy(file, tmp_path / "there")
+    assert open_corpus(tmp_path / "there" / "c").fingerprint() == expected
+    (tmp_path / "t.txt").write_text("\n".join([LINES[1], LINES[0], *LINES[2:]]) + "\n")
+    build_corpus([tmp_path / "t.txt"], model, tmp_path / "d")
+    assert open_corpus(tmp_path / "d").fingerprint() != expected
+
+
 def test_megatron_reads_ours(built, model):
     theirs = megatron().IndexedDataset(str(built))
     expected = open_tokenizer(model).encode_batch(LINES)
