@@ -87,7 +87,7 @@ class Way:
         if self.gpus > cluster.gpus_per_node:
             peers = max(1, cluster.gpus_per_node // self.tensor_parallel)
             across = min(across, peers * cluster.inter_bandwidth)
-        if self.tensor_parallel > cluster.gpus_per_node:
+        if cluster.gpus_per_node % self.tensor_parallel and self.gpus > cluster.gpus_per_node:  # peers in two nodes
             within = cluster.inter_bandwidth
         data, split = self.traffic.data_parallel, self.traffic.tensor_parallel
         of_data = data.bytes / across + data.calls * cluster.latency * math.log2(self.plan.ranks)
@@ -282,7 +282,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--micro-batch", type=int, help="likewise, of a rank; the largest that fits if not given")
     parser.add_argument("--brief", action="store_true", help="advice without tables")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write all into a file")
     for field in fields(Cluster):
         name = f"--{field.name.replace('_', '-')}"
         parser.add_argument(name, type=type(field.default), default=field.default)
@@ -300,8 +299,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     text = ("\n" if args.brief else "\n\n").join(parts)
     print(text)
-    if args.markdown:
-        args.markdown.write_text(text + "\n")
     return 0
 
 

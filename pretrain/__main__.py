@@ -15,7 +15,7 @@ from pretrain import parallel
 from pretrain.checkpoint import CheckpointError
 from pretrain.config import ConfigError, load, to_yaml
 from pretrain.data.sources import DataError
-from pretrain.fingerprint import agree, code, settings
+from pretrain.fingerprint import code, require_agreement, settings
 from pretrain.peers import Peers
 from pretrain.plan import describe
 from pretrain.runtime import EXIT_BAD_INPUT, EXIT_DIVERGED
@@ -42,7 +42,7 @@ def main() -> int:
         world = parallel.start(peers=peers)  # first, so that the others learn of what this rank alone cannot read
         config = load(args.config, args.overrides)
         peers.silent = config.watch.silent_seconds
-        agree(peers, {"config": settings(config), "code": code()})
+        require_agreement(peers, {"config": settings(config), "code": code()})
         status = train(config, parallel.split_world(world, config.train.tensor_parallel))
     except (Exception, KeyboardInterrupt) as error:
         status = peers.fail(*told(error), lost=from_another_rank(error))

@@ -15,7 +15,6 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import deepspeed
@@ -45,7 +44,7 @@ FREE = (
     "train.deepspeed",
     "train.tensor_parallel",
 )
-DAMAGED = (OSError, RuntimeError, KeyError, ValueError, EOFError, AssertionError, UnpicklingError, SafetensorError)
+DAMAGED = (OSError, RuntimeError, KeyError, ValueError, EOFError, AssertionError, SafetensorError)
 
 
 class CheckpointError(RuntimeError):
@@ -131,7 +130,7 @@ def _together(work: Callable[[], None] | None, path: Path, world: World) -> None
             work()
     except (OSError, SafetensorError) as error:
         problem = f"cannot write {path} on rank {world.rank}: {_reason(error)}; nothing older is lost"
-    agree(problem, world)
+    raise_everywhere(problem, world)
 
 
 def latest(folder: Path) -> Path | None:
@@ -162,23 +161,30 @@ def load(path: Path, engine: deepspeed.DeepSpeedEngine, teacher: ShardedTeacher,
     try:
         layout = (world.size, world.tensor_ranks, engine.zero_optimization_stage())
         alike = (meta["ranks"], meta["tensor_parallel"], meta["zero_stage"]) == layout
-        own = {world.rank, world.rank - world.tensor_rank} if alike and engine.zero_optimization() else None
-        paths = [pieces.file(path, rank) for rank in own or range(meta["ranks"])]
-        pieces.read(paths, [*pieces.optimizer_pieces(engine), *teacher.pieces])
+        wanted = [*pieces.optimizer_pieces(engine), *teacher.pieces]
+        every = own = [pieces.file(path, rank) for rank in range(meta["ranks"])]
+        if alike and engine.zero_optimization():
+            own = [pieces.file(path, rank) for rank in {world.rank, world.rank - world.tensor_rank}]
+        try:
+            pieces.read(own, wanted)
+        except (
+            RuntimeError
+        ):  # other settings in the DeepSpeed JSON, or another DeepSpeed, may have it laid out otherwise
+            pieces.read(every, wanted)
         pieces.set_steps(engine, meta["step"])
         restore_scaler(engine, meta["loss_scaler"])
     except DAMAGED as error:
         problem = (
             f"{path} is damaged, or of an older format ({_reason(error)}); write the name of an older one into latest"
         )
-    agree(problem, world)
+    raise_everywhere(problem, world)
     pieces.publish_masters(engine)
     teacher.publish()
-    read, failures = (meta["read"], meta["failures"]) if world.is_main else (0, 0)
+    read, failures = (meta["read"], meta["failures"]) if world.data_rank == 0 else (0, 0)
     return RunState(meta["step"], meta["batches"], read, failures, meta["samples"])
 
 
-def agree(problem: str, world: World) -> None:
+def raise_everywhere(problem: str, world: World) -> None:
     """Raises CheckpointError on all ranks, with the first one's words, if one has a problem: none waits for it."""
     problems = [problem]
     if world.size > 1:

@@ -28,7 +28,15 @@ OWNED_BY_YAML = {
     "bf16": "train.precision",
     "torch_autocast": "train.precision",
 }
-OFFLOAD_DEVICES = {0: ("none",), 1: ("none", "cpu"), 2: ("none", "cpu"), 3: ("none", "cpu")}  # by ZeRO stage
+STAGES = (0, 1, 2, 3)
+# Of DeepSpeed's section zero_optimization: what changes speed and memory, and neither results nor, as ZeRO++ does,
+# which copy of the weights a forward pass reads.
+KEYS = (
+    *("stage", "offload_optimizer", "overlap_comm", "contiguous_gradients", "reduce_scatter", "round_robin_gradients"),
+    *("reduce_bucket_size", "allgather_bucket_size", "allgather_partitions", "sub_group_size"),
+    *("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "stage3_model_persistence_threshold"),
+    *("stage3_max_live_parameters", "stage3_max_reuse_distance"),
+)
 
 
 class StepResult(NamedTuple):
@@ -56,16 +64,20 @@ def read_mechanics(path: str) -> dict[str, Any]:
         if key in mechanics:
             raise ConfigError(f"{path} sets {key}, which {owner} of the YAML owns; remove it there")
     stage = zero.get("stage", 0)
-    if stage not in OFFLOAD_DEVICES:
-        raise ConfigError(f"{path}: ZeRO stage {stage} is not supported; know {', '.join(map(str, OFFLOAD_DEVICES))}")
-    if "offload_param" in zero:
-        raise ConfigError(f"{path}: offload_param of zero_optimization is not supported; remove it")
-    device = zero.get("offload_optimizer", {}).get("device", "none")
-    if device not in OFFLOAD_DEVICES[stage]:
+    if stage not in STAGES:
+        raise ConfigError(f"{path}: ZeRO stage {stage} is not supported; know {', '.join(map(str, STAGES))}")
+    if others := [key for key in zero if key not in KEYS]:
+        raise ConfigError(f"{path}: {', '.join(others)} of zero_optimization is not supported; know {', '.join(KEYS)}")
+    offload = zero.get("offload_optimizer") or {}
+    if not isinstance(offload, dict):
+        raise ConfigError(f'{path}: offload_optimizer of zero_optimization should be a mapping, as {{"device": "cpu"}}')
+    device, known = offload.get("device", "none"), ("none", "cpu") if stage else ("none",)
+    if device not in known:
         raise ConfigError(
-            f"{path}: offload_optimizer to {device!r} at ZeRO stage {stage} is not supported; know "
-            f"{', '.join(OFFLOAD_DEVICES[stage])}"
+            f"{path}: offload_optimizer to {device!r} at ZeRO stage {stage} is not supported; know {', '.join(known)}"
         )
+    if device == "none":
+        zero.pop("offload_optimizer", None)
     return mechanics
 
 
@@ -83,6 +95,12 @@ def engine_config(config: Config, plan: BatchPlan) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
     }
+    if "offload_optimizer" in mechanics.get("zero_optimization", {}) and config.model.dropout.layer:
+        # DeepSpeed moves gradients to the host where they arise: of a block that is left out the old one stays there.
+        raise ConfigError(
+            f"{config.train.deepspeed} offloads the optimizer, which model.dropout.layer={config.model.dropout.layer} "
+            "cannot have; set one without offload, or model.dropout.layer=0"
+        )
     if precision != "fp32" and stage == 0 and config.train.tensor_parallel > 1:
         # DeepSpeed's fp16 wrapper of stage 0 adds up norms as if no layer were split, and megatron-core's layers know
         # autocast on GPUs alone.

@@ -59,7 +59,7 @@ def streams(seed: int) -> Facts:
     }
 
 
-def agree(peers: Peers, topics: dict[str, Facts]) -> None:
+def require_agreement(peers: Peers, topics: dict[str, Facts]) -> None:
     """Raises ConfigError, on all ranks, naming the ranks whose facts on a topic are not the majority's. Waits for all
     ranks."""
     name = " and ".join(topics)

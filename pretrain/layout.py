@@ -45,7 +45,7 @@ class Zero:
 
         return cls(
             stage,
-            section.get("offload_optimizer", {}).get("device", "none") == "cpu",
+            "offload_optimizer" in section,
             number("reduce_bucket_size", cls.reduce_bucket),
             2 if stage in (1, 2) and section.get("overlap_comm") else 1,
             number("param_persistence_threshold", cls.persistence),

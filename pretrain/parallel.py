@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import warnings
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 
 import deepspeed
 import torch
@@ -14,6 +15,10 @@ from pretrain.config import data_ranks
 from pretrain.devices import choose_device
 from pretrain.launchers import identify
 from pretrain.peers import Peers
+
+# How long a collective waits for a rank. Ranks that have died or hang are found out otherwise, and sooner
+# (docs/faults.md); one that writes its checkpoint to a slow disk is to be waited for.
+COLLECTIVES = timedelta(days=1)
 
 
 @dataclass(frozen=True)
@@ -121,7 +126,8 @@ def start(tensor_ranks: int = 1, peers: Peers | None = None) -> World:
     # On CPU, DeepSpeed would compile a shared-memory collective here; a killed rank leaves its lock behind, on which
     # every later start waits for ever. gloo does without.
     deepspeed.ops.__compatible_ops__.pop("deepspeed_shm_comm", None)
-    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, timeout=COLLECTIVES, verbose=False)
     world = World(dist.get_rank(), dist.get_world_size(), device, peers=peers)
     return split_world(world, tensor_ranks)
 
@@ -133,7 +139,11 @@ def split_world(world: World, tensor_ranks: int) -> World:
     data_ranks(world.size, tensor_ranks)  # refuses what leaves a rest
     from megatron.core import parallel_state  # takes seconds, and only this needs it
 
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_ranks)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor_ranks,
+        create_gloo_process_groups=False,
+        distributed_timeout_minutes=COLLECTIVES // timedelta(minutes=1),
+    )
     return replace(
         world,
         tensor_ranks=tensor_ranks,

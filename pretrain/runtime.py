@@ -8,7 +8,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from pretrain.parallel import World
+from pretrain.parallel import COLLECTIVES, World
 
 EXIT_BAD_INPUT = 2  # a config or data the run cannot start with
 EXIT_DIVERGED = 3  # loss or gradient no longer finite, or a collapse
@@ -26,7 +26,7 @@ class StopRequest:
     def __init__(self, world: World) -> None:
         self.received: signal.Signals | None = None
         self._previous = {s: signal.signal(s, self._notice) for s in STOP_SIGNALS}
-        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._group = dist.new_group(backend="gloo", timeout=COLLECTIVES) if world.size > 1 else None
         self._flag = torch.zeros((), dtype=torch.int32)
         self._pending: dist.Work | None = None
 

@@ -30,7 +30,12 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        return int(json.loads((self.folder / "state.json").read_text())["step"])
+        """Raises CheckpointError if it cannot be read."""
+        path = self.folder / "state.json"
+        try:
+            return int(json.loads(path.read_text())["step"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from None
 
     @property
     def config(self) -> Config:

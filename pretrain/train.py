@@ -7,6 +7,7 @@ import math
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import deepspeed
 import numpy as np
@@ -24,8 +25,8 @@ from pretrain.data.loader import Dataset, build_dataset, build_loader
 from pretrain.data.sources import DataError
 from pretrain.ema import ShardedTeacher
 from pretrain.engine import StepResult, build_engine, loss_scale, optimizer_step
-from pretrain.files import write_atomically
-from pretrain.fingerprint import agree, data, streams
+from pretrain.files import hold, write_atomically
+from pretrain.fingerprint import data, require_agreement, streams
 from pretrain.metrics import Recorder
 from pretrain.optim import ema_decay, learning_rate, set_hyperparameters
 from pretrain.parallel import World
@@ -151,12 +152,14 @@ def train(config: Config, world: World) -> int:
     peers = world.peers
     folder = Path(config.run.dir)
     checkpoints = folder / "checkpoints"
+    held = claim(folder) if world.is_main else None
     newest = checkpoint.latest(checkpoints)
     if newest:
         refuse_other_experiment(newest, config)
     dataset = build_dataset(config, progress=world.is_main)
     found = {"path": str(newest)}
-    agree(peers, {"data": data(dataset), "random numbers": streams(config.train.seed), "newest checkpoint": found})
+    common = {"data": data(dataset), "random numbers": streams(config.train.seed), "newest checkpoint": found}
+    require_agreement(peers, common)
     trainer = Trainer(config, world)
     if newest:
         trainer.state = checkpoint.load(newest, trainer.engine, trainer.teacher, world)
@@ -215,6 +218,8 @@ def train(config: Config, world: World) -> int:
         raise Diverged(f"{error} {last_good(checkpoints)}") from None
     finally:
         watchdog.close()
+        if held:
+            held.close()
         batches.close()
         stop.close()
         recorder.close()
@@ -247,6 +252,18 @@ def watch(config: Config, step: int, metrics: dict[str, float], read: int, failu
             f"{failures} files of {read} read could not be decoded, more than "
             f"data.max_failed_share={share}; their names are in the run's log.txt"
         )
+
+
+def claim(folder: Path) -> IO[bytes]:
+    """Makes the run folder this process's own while what is returned is open. Raises ConfigError if another run has it
+    or it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return hold(folder / ".lock")
+    except BlockingIOError:
+        raise ConfigError(f"another run is using run.dir={folder}; end it first, or give this one its own") from None
+    except OSError as error:
+        raise ConfigError(f"run.dir={folder}: {error.strerror}") from None
 
 
 def keep_assets(folder: Path, dataset: Dataset) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from models import encoder
 from models.split import split_of
-from pretrain import parallel
+from pretrain import checkpoint, parallel
 from pretrain.config import load
 from pretrain.data.loader import build_dataset, build_loader
 from pretrain.train import Trainer
@@ -28,7 +28,7 @@ def digest(*tensors: Tensor) -> str:
     return found.hexdigest()
 
 
-def steps(overrides: list[str], world: parallel.World) -> dict[str, Any]:
+def steps(overrides: list[str], folder: Path, world: parallel.World) -> dict[str, Any]:
     config = load(overrides[0], ["train.tensor_parallel=2", "optim.clip_norm=0.1", *overrides[1:]])
     trainer = Trainer(config, world)
     batches = build_loader(build_dataset(config), config, trainer.plan, world, 0)
@@ -54,6 +54,9 @@ def steps(overrides: list[str], world: parallel.World) -> dict[str, Any]:
         seen["loss"].append(float(sums.loss))
         seen["norm"].append(result.grad_norm)
     encoder.attention = plain
+    path = checkpoint.save(folder, trainer.engine, trainer.teacher, trainer.state, config, world)
+    state = checkpoint.load(path, trainer.engine, trainer.teacher, world)
+    seen["read"] = [int(world.sum(torch.tensor(state.read)))]
     whole = [p for name, p in trainer.model.named_parameters() if split_of(name, 0, 2) is None]
     slices = [p for name, p in trainer.model.named_parameters() if split_of(name, 0, 2) is not None]
     return seen | {"whole": [digest(*whole)], "slices": [digest(*slices)]}
@@ -62,6 +65,7 @@ def steps(overrides: list[str], world: parallel.World) -> dict[str, Any]:
 if __name__ == "__main__":
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     world = parallel.start(2)
-    found = [steps(overrides, world) for overrides in json.loads(sys.argv[2])]
-    (Path(sys.argv[1]) / f"rank{world.rank}.json").write_text(json.dumps(found))
+    folder = Path(sys.argv[1])
+    found = [steps(overrides, folder / str(i), world) for i, overrides in enumerate(json.loads(sys.argv[2]))]
+    (folder / f"rank{world.rank}.json").write_text(json.dumps(found))
     parallel.stop()

@@ -13,6 +13,7 @@ from convert.full import export
 from models.data2vec import Data2Vec
 from pretrain.checkpoint import CheckpointError
 from pretrain.config import ConfigError, load, to_yaml
+from pretrain.saved import Checkpoint
 from tests.launch import run
 
 STAGE_3 = "train.deepspeed=ds_configs/zero3.json"
@@ -58,6 +59,14 @@ def test_bad_input_is_one_line(tmp_path: Path, trained: Path) -> None:
     done = run("convert", str(trained), str(there), status=2)
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
     assert there.read_text() == "mine"
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"step": null}'])
+def test_a_damaged_state_is_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "state.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"state.json is damaged: \w+") as told:
+        assert Checkpoint(tmp_path).step
+    assert "\n" not in str(told.value)
 
 
 def test_a_missing_piece_leaves_no_file(tmp_path: Path, trained: Path) -> None:

@@ -11,14 +11,25 @@ import torch
 
 from tests.launch import TINY, assert_close, run, weights
 
-STEPS, EVERY = 24, 2
-Layout = tuple[int, int, int]  # ZeRO stage, ranks, and how many of them split a layer
-CHAIN: tuple[Layout, ...] = ((1, 2, 1), (3, 4, 1), (2, 4, 2), (0, 1, 1), (3, 2, 2), (0, 2, 1), (0, 2, 2))
+EVERY = 2
+Layout = tuple[str, int, int]  # ds_configs/zero*.json, ranks, and how many of them split a layer
+CHAIN: tuple[Layout, ...] = (
+    ("1", 2, 1),
+    ("3", 4, 1),
+    ("2", 4, 2),
+    ("0", 1, 1),
+    ("3_offload", 2, 2),
+    ("0", 2, 1),
+    ("2_offload", 2, 1),
+    ("0", 2, 2),
+)
+STEPS = EVERY * len(CHAIN) + 20
 
 
-def train(folder: Path, layout: Layout) -> None:
-    stage, ranks, tensor_parallel = layout
-    mechanics = [f"train.deepspeed=ds_configs/zero{stage}.json", f"train.tensor_parallel={tensor_parallel}"]
+def train(folder: Path, layout: Layout, deepspeed: str = "") -> None:
+    zero, ranks, tensor_parallel = layout
+    deepspeed = deepspeed or f"ds_configs/zero{zero}.json"
+    mechanics = [f"train.deepspeed={deepspeed}", f"train.tensor_parallel={tensor_parallel}"]
     every = [f"run.save_every={EVERY}", f"run.keep_last={STEPS}"]
     run("pretrain", TINY, f"run.dir={folder}", f"train.steps={STEPS}", *mechanics, *every, ranks=ranks)
 
@@ -39,7 +50,7 @@ def curve(folder: Path) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def unchanged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("unchanged") / "run"
-    train(folder, (1, 1, 1))
+    train(folder, ("1", 1, 1))
     return folder
 
 
@@ -51,3 +62,14 @@ def test_a_chain_of_changes_is_the_unchanged_run(tmp_path: Path, unchanged: Path
         train(source, layout)
         assert (curve(source) / expected - 1).abs().max() < 1e-5, layout
         assert_close(weights(source), final)
+
+
+def test_the_same_stage_and_ranks_laid_out_otherwise(tmp_path: Path, unchanged: Path) -> None:
+    """By other settings in the DeepSpeed JSON: what a rank needs lies in another's file."""
+    mechanics = tmp_path / "round_robin.json"
+    mechanics.write_text(json.dumps({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}))
+    first = rewound(tmp_path / "first", unchanged, EVERY)
+    train(first, ("2", 2, 1), str(mechanics))
+    second = rewound(tmp_path / "second", first, 2 * EVERY)
+    train(second, ("2", 2, 1))
+    assert (curve(second) / curve(unchanged) - 1).abs().max() < 1e-5

@@ -11,7 +11,8 @@ import torch
 import yaml
 from PIL import Image
 
-from tests.launch import TINY, run, weights
+from tests.dist.test_resume import progress, wait_for
+from tests.launch import TINY, run, start, weights
 
 
 def lines(path: Path) -> list[dict[str, float]]:
@@ -129,3 +130,16 @@ def test_bad_input_is_one_line(tmp_path: Path, arguments: list[str], message: st
     assert len(errors) == 1
     assert message in errors[0]
     assert "Traceback" not in done.stderr
+
+
+def test_a_run_folder_is_one_runs(tmp_path: Path) -> None:
+    """While another process trains in it; and not after, however that ended."""
+    ours = ["pretrain", TINY, f"run.dir={tmp_path}", "run.save_every=100000"]
+    process = start(*ours, "train.steps=100000")
+    try:
+        wait_for(lambda: progress(tmp_path) >= 1, process)
+        assert f"another run is using run.dir={tmp_path}" in run(*ours, "train.steps=5", status=2).stderr
+    finally:
+        process.kill()
+        process.communicate()
+    run(*ours, "train.steps=5")

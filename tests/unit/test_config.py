@@ -212,15 +212,28 @@ def test_a_deepspeed_file_may_not_set_what_the_yaml_owns(tmp_path, key):
         ('{"zero_optimization": {"stage": 4}}', "stage 4 is not supported"),
         (
             '{"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}',
-            "offload_param of zero_optimization",
+            "offload_param of zero_optimization is not supported",
         ),
         ('{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}', "to 'nvme' at ZeRO stage 3"),
         ('{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}', "to 'cpu' at ZeRO stage 0"),
+        ('{"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}', "zero_hpz_partition_size"),
+        ('{"zero_optimization": {"stage": 1, "offload_optimizer": "cpu"}}', "should be a mapping"),
+        ('{"zero_optimization": {"stage": []}}', "stage [] is not supported"),
     ],
 )
 def test_a_deepspeed_file_that_cannot_be_used(tmp_path, text, said):
     assert said in message(read_mechanics, str(written(tmp_path / "own.json", text)))
     assert "zero0.json" in message(read_mechanics, str(tmp_path / "nowhere.json"))
+
+
+@pytest.mark.parametrize("zero", ["1_offload", "2_offload", "3_offload"])
+def test_offload_and_layer_drop_are_refused_together(zero):
+    own = ["train.micro_batch=320000", "train.batch_size=320000", f"train.deepspeed=ds_configs/zero{zero}.json"]
+    config = load("configs/pretrain/audio_base.yaml", own)
+    told = message(engine_config, config, batch_plan(config.train, 1))
+    assert f"zero{zero}.json offloads" in told and "model.dropout.layer=0.05" in told
+    without = load("configs/pretrain/audio_base.yaml", [*own, "model.dropout.layer=0"])
+    assert engine_config(without, batch_plan(without.train, 1))["zero_optimization"]["offload_optimizer"]
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
