@@ -29,7 +29,7 @@ def identify() -> None:
         given = {name: os.environ[name] for name in RENDEZVOUS if name in os.environ}
         try:
             deepspeed.comm.mpi_discovery(verbose=False)
-        except (ImportError, RuntimeError) as error:
+        except (ImportError, RuntimeError, OSError) as error:
             raise ConfigError(f"mpirun started this, but mpi4py cannot ask it for the ranks: {error}") from None
         os.environ |= given  # discovery puts its own in their place
     os.environ |= variables(os.environ)

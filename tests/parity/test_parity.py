@@ -15,7 +15,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 @pytest.mark.parametrize(
     ("zero", "ranks", "shared"),
-    [("0 1 2 3 1_offload", 1, ""), ("0 1 2 3 2_offload", 2, " on 2 ranks"), ("0 1 2 3 3_offload", 4, " on 4 ranks")],
+    [("0 1 2 3 1_offload 3_offload", 1, ""), ("0 1 2 3 2_offload", 2, " on 2 ranks"), ("0 1 2 3", 4, " on 4 ranks")],
 )
 def test_golden_cases(zero: str, ranks: int, shared: str) -> None:
     check(run("tests.parity", str(GOLDEN), "--zero", *zero.split(), ranks=ranks).stdout, zero, shared)
