@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import warnings
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -137,7 +138,10 @@ def split_world(world: World, tensor_ranks: int) -> World:
     if tensor_ranks == 1:
         return world
     data_ranks(world.size, tensor_ranks)  # refuses what leaves a rest
-    from megatron.core import parallel_state  # takes seconds, and only this needs it
+    if world.device.type == "cpu":  # megatron-core warns if it is not set; on GPUs it has to be before the start
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    with warnings.catch_warnings(action="ignore"):  # that Apex is not installed
+        from megatron.core import parallel_state  # takes seconds, and only this needs it
 
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor_ranks,
