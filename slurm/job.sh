@@ -11,16 +11,19 @@ if [ -z "${PYTHON:-}" ]; then
 fi
 
 nodes=1 tasks=1 # of finetune and convert, whatever was allocated
-gpus=${SLURM_GPUS_PER_NODE-0}
-gpus=${gpus##*:} # "a100:8"
+gpus=${SLURM_GPUS_ON_NODE:-0} # however they were asked for
 if [ "$1" = pretrain ]; then
     nodes=$SLURM_JOB_NUM_NODES
     tasks=${SLURM_NTASKS_PER_NODE:-1}
     [ "$gpus" -gt 0 ] && tasks=$gpus
     set -- "$1" "$2" ${ZERO:+"train.deepspeed=ds_configs/zero$ZERO.json"} ${TP:+"train.tensor_parallel=$TP"} "${@:3}"
 fi
-cpus=$((SLURM_CPUS_ON_NODE / tasks > 0 ? SLURM_CPUS_ON_NODE / tasks : 1))
-unset SLURM_CPUS_PER_GPU # srun reads it, too, and refuses it where there are no GPUs
+cpus=$(tr , '\n' <<<"$SLURM_JOB_CPUS_PER_NODE" | cut -d '(' -f 1 | sort -n | head -n 1) # the fewest of "128(x2),96"
+cpus=$((cpus / tasks > 0 ? cpus / tasks : 1))
+
+# srun reads what sbatch was asked for, too, which need not be what it got. Every task sees all GPUs of its node.
+unset SLURM_GPUS SLURM_GPUS_PER_NODE SLURM_GPUS_PER_TASK SLURM_NTASKS_PER_GPU SLURM_CPUS_PER_GPU SLURM_GPU_BIND
+[ "$gpus" -gt 0 ] && export SLURM_GPUS_PER_NODE=$gpus
 
 # Nodes' names need not resolve; the address is the one by which SLURM itself reaches the node. The port lies below
 # those that systems give out by themselves, and a requeued job does not meet its own old one.
@@ -31,9 +34,9 @@ export MASTER_PORT=$((10000 + (SLURM_JOB_ID * 10 + ${SLURM_RESTART_COUNT:-0}) % 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
 
 # SLURM's signals go to the ranks, not to this shell. They save, and one may leave before the others: none is killed for
-# that at once, but those that still wait for a rank that has died are after 30 s.
+# that at once. Those that wait for a rank that has died say so after watch.silent_seconds=40; what is left is killed.
 srun --nodes="$nodes" --ntasks=$((nodes * tasks)) --ntasks-per-node="$tasks" --cpus-per-task="$cpus" \
-    --kill-on-bad-exit=0 --wait=30 "$PYTHON" -m "$@"
+    --kill-on-bad-exit=0 --wait=50 "$PYTHON" -m "$@"
 status=$?
 
 # 75 is pretrain's "saved on a signal". Any other failure would come again; and a job that is cancelled, or that SLURM

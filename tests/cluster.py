@@ -19,6 +19,7 @@ DAEMONS = ("munged", "slurmctld", "slurmd")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT")
 GPUS = 8  # a node; they and the CPUs are names only
 WAIT = 180
+WAIT_FOR_JOB = 240  # it may be requeued
 # cred_expire: seconds that a requeued job waits; under 5 means 120. KillWait: those that ranks have after SIGTERM.
 CONF = """
 ClusterName=test
@@ -48,8 +49,8 @@ JobRequeue=0
 KillWait=20
 ReturnToService=2
 SlurmdParameters=config_overrides
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=64 RealMemory=1000 Gres=gpu:{gpus}
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=64 RealMemory=1000 Gres=gpu:{gpus}
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=96 RealMemory=1000 Gres=gpu:a100:{gpus}
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=64 RealMemory=1000 Gres=gpu:a100:{gpus}
 PartitionName=p Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -70,6 +71,7 @@ class Cluster:
         self.folder = folder
         self.environment = environment() | {"SLURM_CONF": str(folder / "slurm.conf")}
         self._started = ExitStack()
+        self._daemons: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> Cluster:
         folder = self.folder
@@ -115,14 +117,23 @@ class Cluster:
 
     def finished(self, job: str) -> tuple[str, int]:
         """Waits for a job's end. -> its state, and how often it was started again."""
-        self.until(lambda: self.field(job, "JobState") in ENDED, f"job {job}")
+        self.until(lambda: self.field(job, "JobState") in ENDED, f"job {job}", WAIT_FOR_JOB)
         return self.field(job, "JobState"), int(self.field(job, "Restarts"))
 
-    def until(self, ready: Callable[[], bool], what: str) -> None:
-        deadline = time.monotonic() + WAIT
-        while not ready():
-            assert time.monotonic() < deadline, f"waited {WAIT} s for {what}; logs are in {self.folder}"
+    def until(self, ready: Callable[[], bool], what: str, seconds: float = WAIT) -> None:
+        """Raises AssertionError with the daemons' last words if one has ended, or `seconds` have passed."""
+        deadline = time.monotonic() + seconds
+        while True:
+            dead = [(daemon.args, daemon.returncode) for daemon in self._daemons if daemon.poll() is not None]
+            assert not dead, f"waiting for {what}: {dead} ended{self._last_words()}"
+            if ready():
+                return
+            assert time.monotonic() < deadline, f"waited {seconds} s for {what}{self._last_words()}"
             time.sleep(0.1)
+
+    def _last_words(self) -> str:
+        logs = [self.folder / f"{name}.log" for name in DAEMONS]
+        return "".join(f"\n{log}:\n{log.read_text()[-2000:]}" for log in logs if log.exists())
 
     def _configure(self) -> None:
         folder = self.folder
@@ -138,8 +149,8 @@ class Cluster:
         )
         (folder / "slurm.conf").write_text(conf)
         for gpu in range(GPUS):
-            (folder / f"gpu{gpu}").touch()
-        (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-{GPUS - 1}]\n")
+            (folder / f"gpu{gpu}").symlink_to("/dev/null")  # slurmd names to tasks what are devices only
+        (folder / "gres.conf").write_text(f"Name=gpu Type=a100 File={folder}/gpu[0-{GPUS - 1}]\n")
         key = folder / "munge.key"
         key.touch(mode=0o600)
         key.write_bytes(os.urandom(1024))
@@ -155,6 +166,7 @@ class Cluster:
             process = subprocess.Popen(
                 [path, *args], env=self.environment, stdout=log, stderr=log, start_new_session=True
             )
+        self._daemons.append(process)
         self._started.callback(_stop, process)
 
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import yaml
 from PIL import Image
 from safetensors import safe_open
 
-from pretrain.config import batch_plan, load
+from pretrain.config import WatchConfig, batch_plan, load
 from pretrain.launchers import started_by_mpi, variables
 from tests.cluster import GPUS, Cluster, missing
 from tests.dist.test_resume import assert_identical, progress
@@ -34,10 +35,11 @@ RECORDER = """#!/usr/bin/env bash
 out=$RECORDS/$SLURM_JOB_ID.${OMPI_COMM_WORLD_RANK:-$SLURM_PROCID}
 env -0 > "$out.env"
 printf '%s\\0' "$@" > "$out.args"
-trap 'exit 75' TERM
+trap 'exit 75' TERM USR1
 echo started
-[ "$STATUS" = wait ] && { sleep 60 & wait; }
-exit "$(echo "$STATUS" | cut -d : -f $((${SLURM_RESTART_COUNT:-0} + 1)))"
+status=$(echo "$STATUS" | cut -d : -f $((${SLURM_RESTART_COUNT:-0} + 1)))
+[ "$status" = wait ] && { sleep 120 & wait; }
+exit "$status"
 """
 
 
@@ -72,9 +74,9 @@ def torchrun(tmp_path_factory: pytest.TempPathFactory, overrides: list[str]) -> 
     return folder
 
 
-def submit(cluster: Cluster, overrides: list[str], folder: Path) -> str:
+def submit(cluster: Cluster, overrides: list[str], folder: Path, *options: str) -> str:
     script = ("slurm/pretrain_vitb.sh", *overrides, f"run.dir={folder}")
-    return cluster.submit(*script, options=("--nodes=2", *ON_CPU), ZERO="2")
+    return cluster.submit(*script, options=("--nodes=2", *ON_CPU, *options), ZERO="2")
 
 
 @pytest.fixture(scope="module")
@@ -109,15 +111,14 @@ def test_node_failure_requeues_and_continues(
     """A rank and its node are gone without a word; SLURM starts the job again at the last checkpoint."""
     job = submit(cluster, overrides, tmp_path)
     cluster.until(lambda: progress(tmp_path) >= SAVE_EVERY + 3, "the first checkpoint")
-    of_job = [p for p in psutil.process_iter() if environment_of(p).get("SLURM_JOB_ID") == job]
-    shell = next(p for p in of_job if "slurm/job.sh" in p.cmdline())
+    (shell,) = processes("slurm/job.sh", SLURM_JOB_ID=job)
     shell.suspend()  # lest it ends the job before SLURM knows of the node
-    for process in of_job:
-        if environment_of(process).get("SLURM_NODEID") == "1" and "pretrain" in process.cmdline():
-            process.kill()
+    kill_second_rank(job)
     cluster.run("scontrol", "update", "nodename=n2", "state=down", "reason=test")
-    cluster.until(lambda: cluster.field(job, "Restarts") == "1", "the requeue")
-    cluster.run("scontrol", "update", "nodename=n2", "state=resume")
+    try:
+        cluster.until(lambda: cluster.field(job, "Restarts") == "1", "the requeue")
+    finally:
+        cluster.run("scontrol", "update", "nodename=n2", "state=resume")
     assert cluster.finished(job) == ("COMPLETED", 1), cluster.log(job)
     assert "saved after step" not in cluster.log(job)
     resumed = re.search(r"resuming after step (\d+)", cluster.log(job))
@@ -125,11 +126,33 @@ def test_node_failure_requeues_and_continues(
     assert_identical(tmp_path, torchrun)
 
 
-def environment_of(process: psutil.Process) -> dict[str, str]:
-    try:
-        return process.environ()
-    except psutil.Error:  # ended, or somebody else's
-        return {}
+def test_log_names_the_lost_rank(tmp_path: Path, cluster: Cluster, overrides: list[str]) -> None:
+    """Rank 0 has the time to say it before srun ends those that wait, which is within a minute."""
+    wait = re.search(r"--wait=(\d+) ", (ROOT / "slurm/job.sh").read_text())
+    assert wait and WatchConfig().silent_seconds + 5 < int(wait[1]) < 60
+    job = submit(cluster, [*overrides, "watch.silent_seconds=5"], tmp_path, "--requeue")
+    cluster.until(lambda: progress(tmp_path) >= 3, "the first steps")
+    kill_second_rank(job)
+    assert cluster.finished(job) == ("FAILED", 0), cluster.log(job)
+    assert re.search(r"rank 1 \(\S+, pid \d+\): not heard of for 5 s", cluster.log(job)), cluster.log(job)
+
+
+def kill_second_rank(job: str) -> None:
+    found = processes("pretrain", SLURM_JOB_ID=job, SLURM_NODEID="1")
+    assert found
+    for process in found:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def processes(argument: str, **variables: str) -> list[psutil.Process]:
+    """Those that were started with `argument` and have all of `variables`."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):  # ended, or somebody else's
+            if argument in process.cmdline() and variables.items() <= process.environ().items():
+                found.append(process)
+    return found
 
 
 def test_finetune_and_convert(tmp_path: Path, cluster: Cluster, trained: Path) -> None:
@@ -161,13 +184,13 @@ def recorded(recorder: Path, job: str, kind: str) -> list[list[str]]:
 
 def test_every_script(cluster: Cluster, recorder: Path) -> None:
     """As they are, but for their nodes where there are more than two: one task a GPU, each knows who it is, the config
-    can be run, and what the user says wins over ZERO."""
+    can be run, a signal comes before the end, and what the user says wins over ZERO."""
     assert len(PRETRAIN) == 7
     stand_in = {"PYTHON": str(recorder), "RECORDS": str(recorder.parent), "STATUS": "0"}
     jobs, nodes = {}, {}
     for name, path in PRETRAIN.items():
         found = re.search(r"--nodes=(\d+) --gpus-per-node=8 ", path.read_text())
-        assert found
+        assert found and re.search(r"^#SBATCH .*--signal=USR1@300$", path.read_text(), re.MULTILINE)
         nodes[name] = int(found[1])
         options = [f"--nodes={min(nodes[name], 2)}"]
         jobs[name] = cluster.submit(str(path), *OWN, options=options, ZERO="2", TP="2", **stand_in)
@@ -188,6 +211,36 @@ def test_every_script(cluster: Cluster, recorder: Path) -> None:
         assert (config.train.deepspeed, config.train.tensor_parallel) == ("ds_configs/zero3.json", 2)
         assert config.data.path == "/my data"
         batch_plan(load(ROOT / arguments[2]).train, nodes[name] * GPUS)
+
+
+def test_every_way_to_ask_for_gpus(cluster: Cluster, recorder: Path) -> None:
+    """One task a GPU that the job has, which sees all of its node's, and as many CPUs as the smallest node has for it."""
+    stand_in = {"PYTHON": str(recorder), "RECORDS": str(recorder.parent), "STATUS": "0"}
+    expected = {  # options in place of the script's, or beside them -> GPUs of a node
+        ("--gpus-per-node=a100:4",): 4,
+        ("--gres=gpu:4",): 4,
+        ("--gpus-per-node=0", "--gres=gpu:a100:4"): 4,
+        ("--gpus=16",): 8,
+        ("--ntasks-per-gpu=1",): 8,
+        ("--gpus-per-task=1", "--ntasks=16"): 8,
+        ("--gpu-bind=single:1",): 8,
+        ("--gres=gpu:4", "--exclusive"): 8,  # n1 has 96 CPUs, n2 has 64
+    }
+    jobs = {form: cluster.submit("slurm/pretrain_vitb.sh", options=form, **stand_in) for form in expected}
+    for form, job in jobs.items():
+        assert cluster.finished(job) == ("COMPLETED", 0), (form, cluster.log(job))
+        tasks = [dict(entry.split("=", 1) for entry in task) for task in recorded(recorder, job, "env")]
+        gpus = expected[form]
+        assert [task["SLURM_LOCALID"] for task in tasks] == [str(rank % gpus) for rank in range(2 * gpus)], form
+        assert {len(task["CUDA_VISIBLE_DEVICES"].split(",")) for task in tasks} == {gpus}, form
+        assert {task["SLURM_CPUS_PER_TASK"] for task in tasks} == {"8"}, form
+
+
+def test_time_limit_signals_first(cluster: Cluster, recorder: Path) -> None:
+    """Five minutes before, and up to one more: SLURM looks twice a minute."""
+    stand_in = {"PYTHON": str(recorder), "RECORDS": str(recorder.parent), "STATUS": "wait:0"}
+    job = cluster.submit("slurm/pretrain_vitb.sh", options=("--nodes=1", *ON_CPU, "--time=6"), **stand_in)
+    assert cluster.finished(job) == ("COMPLETED", 1), cluster.log(job)
 
 
 @pytest.mark.parametrize(
