@@ -16,7 +16,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -30,6 +30,7 @@ ARRIVAL = timedelta(minutes=10)  # between the first rank's start and the last o
 SILENT = WatchConfig().silent_seconds  # until the config is known
 LAST_WORDS = 5.0  # seconds that a failing rank gives the others to speak before it does
 GRACE = 0.2  # seconds between them, and for the store to be read
+LONGEST_PAUSE = 1.0  # seconds between two questions to the store
 LEFT = "left"  # the last beat of a rank that ends in order
 
 
@@ -61,26 +62,45 @@ class Peers:
     def join(self) -> None:
         """Meets the ranks that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT speak of, and starts to watch over them.
 
-        Raises ConfigError if they do not all come within ten minutes.
+        Raises ConfigError if they do not all come within ten minutes, or if another run meets there.
         """
         if int(os.environ["WORLD_SIZE"]) == 1:
             return
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # all of torchrun's share one store
         try:
             store, self.rank, self.size = next(dist.rendezvous("env://", timeout=ARRIVAL))
-            self._store = dist.PrefixStore("peers", store)
-            self._store.set(f"who/{self.rank}", _own_name(self.rank))
+            self._store = dist.PrefixStore(f"peers/{attempt}", store)
+            if other := self._other_run():
+                raise ConfigError(f"{place} belongs to another run, {other}; choose another MASTER_PORT")
             self._store.set(f"beat/{self.rank}", "0")
             everyone = [f"who/{rank}" for rank in range(self.size)]
             self._store.wait(everyone, ARRIVAL)
             self.who = [name.decode() for name in self._store.multi_get(everyone)]
         except dist.DistError as error:
-            place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            if "EADDRINUSE" in str(error):  # said by the rank that is to keep the store
+                raise ConfigError(f"{place} is in use by another process; choose another MASTER_PORT") from None
             raise ConfigError(
                 f"rank {os.environ['RANK']}: not all {os.environ['WORLD_SIZE']} ranks have met at {place} within "
                 f"{ARRIVAL.seconds // 60} minutes: {' '.join(str(error).split())[:200]}"
             ) from None
         self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
         self._thread.start()
+
+    def _other_run(self) -> str:
+        """Enters this rank in the store, unless that is another run's, of which something is returned then."""
+        run = json.dumps([self.size, _slurm_job()])
+        if self.rank == 0:
+            self._store.set("run", run)
+        self._store.wait(["run"], ARRIVAL)
+        size, job = json.loads(self._store.get("run"))
+        if size != self.size:
+            return f"of {size:,} ranks"
+        if job and _slurm_job() not in ("", job):  # launchers over ssh hand it to some ranks only
+            return job
+        name = _own_name(self.rank)
+        found = self._store.compare_set(f"who/{self.rank}", "", name).decode()
+        return "" if found == name else f"with {found}"
 
     def agree(self, topic: str, value: str, judge: Callable[[list[str]], str]) -> None:
         """Has rank 0 `judge` the values of all ranks, in their order; its sentence, unless it is empty, is raised as a
@@ -92,9 +112,8 @@ class Peers:
             keys = [f"{topic}/{rank}" for rank in range(self.size)]
             self._store.set(keys[self.rank], value)
             if self.rank == 0:
-                self._until(
-                    lambda: self._store.check(keys)
-                )  # `wait` would keep the connection from the watching thread
+                # `wait` would keep the connection from the watching thread
+                self._until(lambda: self._store.check(keys))
                 self._store.set(topic, judge([found.decode() for found in self._store.multi_get(keys)]))
             self._until(lambda: self._store.check([topic]))
             verdict = self._store.get(topic).decode()
@@ -137,7 +156,7 @@ class Peers:
         have caused: what that rank or its silence says comes first.
         """
         if self._thread is None:
-            print(text, file=sys.stderr, flush=True)
+            _speak(text)
             return status
         if lost:
             _on_stop_signals(signal.SIG_DFL)  # the launcher may know already, and end this process
@@ -153,7 +172,7 @@ class Peers:
             while not self._stop.wait(self._interval):
                 beats += 1
                 try:
-                    failure = store.submit(self._beat, beats, still).result(self.silent)
+                    failure = self._answer(store.submit(self._beat, beats, still))
                 except (dist.DistError, TimeoutError) as error:
                     self._claim_the_end()
                     reason = _last_line(str(error)) or type(error).__name__
@@ -162,6 +181,14 @@ class Peers:
                 if failure:
                     time.sleep(GRACE)  # what all ranks have found at once, the main thread is about to say itself
                     self._end(failure)
+
+    def _answer(self, beat: Future[Failure | None]) -> Failure | None:
+        """What the store has to say. Raises TimeoutError if that is nothing, for as long as ranks may be silent: looks
+        are counted here, too."""
+        for _ in range(math.ceil(self.silent / self._interval)):
+            if wait([beat], self._interval).done:
+                return beat.result()
+        raise TimeoutError(f"no answer for {self.silent:g} s")
 
     @property
     def _interval(self) -> float:
@@ -197,9 +224,9 @@ class Peers:
         except dist.DistError:  # the store has gone, with rank 0
             first = failure
         if first.rank == self.rank:
-            print(first.text, file=sys.stderr, flush=True)
+            _speak(first.text)
         elif failure.rank != self.rank or failure.text != first.text:  # not what all say at once
-            print(f"rank {self.rank} ends: {first.cause}", file=sys.stderr, flush=True)
+            _speak(f"rank {self.rank} ends: {first.cause}")
         with suppress(dist.DistError):
             if first.rank == self.rank:
                 self._store.set("said", "")
@@ -223,9 +250,12 @@ class Peers:
 
     @staticmethod
     def _until(condition: Callable[[], bool], seconds: float = math.inf) -> None:
+        """Asks seldom after a while: thousands of ranks do."""
         deadline = time.monotonic() + seconds
-        while not condition() and time.monotonic() < deadline:
-            time.sleep(0.02)
+        pause = 0.02
+        while not condition() and (left := deadline - time.monotonic()) > 0:
+            time.sleep(min(pause, left))
+            pause = min(2 * pause, LONGEST_PAUSE)
 
 
 def _on_stop_signals(action: signal.Handlers) -> None:
@@ -234,15 +264,29 @@ def _on_stop_signals(action: signal.Handlers) -> None:
             signal.signal(number, action)
 
 
+def _slurm_job() -> str:
+    """The SLURM job that this process belongs to, if it knows of any, and which start of it."""
+    job, restarts = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "0")
+    return f"SLURM job {job}, restart {restarts}" if job else ""
+
+
 def _own_name(rank: int) -> str:
     return f"rank {rank} ({socket.gethostname()}, pid {os.getpid()})"
 
 
 def _quit(status: int, words: str = "") -> NoReturn:
     """Ends the process without waiting for anything: collectives, loaders and kernels on the device may never end."""
-    print(words, end="\n" if words else "", file=sys.stderr, flush=True)
-    sys.stdout.flush()
+    if words:
+        _speak(words)
+    with suppress(OSError):
+        sys.stdout.flush()
     os._exit(status)
+
+
+def _speak(words: str) -> None:
+    """On the screen, which may be a file on a full disk: that keeps no rank from ending."""
+    with suppress(OSError):
+        print(words, file=sys.stderr, flush=True)
 
 
 def _last_line(text: str) -> str:

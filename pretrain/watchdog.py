@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -73,7 +74,9 @@ class Watchdog:
             if not dumped and not what and elapsed > self._slow():
                 dumped = True
                 usual = f"{elapsed:.3g} s, and {statistics.median(self._durations):.3g} s are usual"
-                self._say(f"{late} {usual}: {self._dump(number, late)}")
+                line = f"{late} {usual}: {self._dump(number, late)}"
+                with suppress(OSError):  # the disk may be full, and what hangs must end all the same
+                    self._say(line)
             if 0 < self._config.hang_minutes * 60 < elapsed:
                 limit = f"over watch.hang_minutes={self._config.hang_minutes:g}"
                 words = f"stopped: {late} {limit}: {self._dump(number, late)}"
@@ -89,28 +92,34 @@ class Watchdog:
         return max(self._config.slow_seconds, self._config.slow_step * statistics.median(self._durations))
 
     def _dump(self, number: int, reason: str) -> str:
-        """Writes this rank's stacks; on rank 0, returns where all are, and which rank is where."""
-        path = self._stacks / f"rank_{self._peers.rank}.txt"
-        self._stacks.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {reason} too long\n")
-            file.flush()
-            faulthandler.dump_traceback(file)
+        """Writes this rank's stacks, to the screen if not to its file; on rank 0, returns where all are, and which rank
+        is where."""
+        path, unwritten = self._stacks / f"rank_{self._peers.rank}.txt", ""
+        try:
+            self._stacks.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {reason} too long\n")
+                file.flush()
+                faulthandler.dump_traceback(file)
+        except OSError as error:
+            faulthandler.dump_traceback(2)
+            unwritten = f" (on the screen for {path}: {error.strerror})"
         where = whereabouts(sys._current_frames().get(self._main or 0))
         self._peers.tell(TOPIC, json.dumps([number, where]))
         if self._peers.rank:
-            return f"stacks in {path}"
+            return f"stacks in {path}{unwritten}"
         found = {0: where}
         for _ in range(round(PATIENCE / 0.5)):
             told = {rank: json.loads(value) for rank, value in self._peers.heard(TOPIC).items()}
             found |= {rank: place for rank, (step, place) in told.items() if step >= number - 1}  # others are of old
             if len(found) == self._peers.size or self._stop.wait(0.5):
                 break
-        return f"stacks in {self._stacks}/rank_*.txt; {summary(found, self._peers)}"
+        return f"stacks in {self._stacks}/rank_*.txt{unwritten}; {summary(found, self._peers)}"
 
 
 def whereabouts(frame: FrameType | None) -> str:
-    """Where a thread is, innermost call first, or that it waits for other ranks."""
+    """Where a thread is, innermost call first, or that it waits for other ranks: in a collective of gloo. NCCL's return
+    at once; a thread then waits where it reads a result, or in the engine."""
     calls: list[str] = []
     while frame:
         path = Path(frame.f_code.co_filename)

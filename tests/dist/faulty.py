@@ -37,6 +37,11 @@ def throw(error: BaseException) -> None:
     raise error
 
 
+def throw_at_first() -> None:
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        throw(RuntimeError("this rank is out of luck"))
+
+
 def fall_asleep() -> None:
     time.sleep(600)
 
@@ -82,6 +87,7 @@ def another_rate() -> None:
 
 FAULTS: dict[str, Callable[[], None]] = {
     "raises": lambda: at_step(lambda: throw(RuntimeError("this rank is out of luck"))),
+    "raises once": lambda: at_step(throw_at_first),
     "killed": lambda: at_step(lambda: os.kill(os.getpid(), signal.SIGKILL)),
     "exits": lambda: at_step(lambda: os._exit(7)),
     "data": lambda: at_step(lambda: throw(DataError("16 images in a row could not be decoded"))),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,20 +16,19 @@ import pytest
 
 from pretrain.checkpoint import latest
 from tests.e2e.test_program import lines
-from tests.launch import ROOT, TIMEOUT, TINY, environment, run
+from tests.launch import ROOT, TIMEOUT, TINY, command, environment, finish, free_port, run, spawn
 
 WITHIN = 60.0  # seconds from a rank's end to the job's
 COMMON = (TINY, "train.deepspeed=ds_configs/zero1.json", "train.steps=20", "run.log_every=20", "watch.silent_seconds=4")
+SAVING = ("train.steps=8", "run.save_every=2", "run.keep_last=1", "run.log_every=1")
 
 
 class Ranks:
     """Processes started one by one, as by a launcher that does not end the others when one ends; one screen."""
 
     def __init__(self, folder: Path, module: str, *args: str, ranks: int = 2) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, **place}
         self._screen = folder / "screen.txt"
         with self._screen.open("a") as screen:
             self.processes = [
@@ -111,17 +111,26 @@ def test_torchrun_blames_the_rank_that_failed(tmp_path: Path) -> None:
 
 def test_a_rank_that_sleeps(faulty: Callable[..., Ranks], tmp_path: Path) -> None:
     """All ranks' stacks are dumped, those that wait and the one that they wait for are told apart, the run ends."""
-    limits = ("watch.slow_seconds=1", "watch.hang_minutes=0.1", "watch.silent_seconds=40")
+    limits = ("watch.slow_seconds=1", "watch.slow_step=1", "watch.hang_minutes=0.1", "watch.silent_seconds=40")
     ranks = faulty("sleeps", 1, *limits)
     assert ranks.statuses() == [1, 1]
     sleeper = f"rank 1 ({socket.gethostname()}, pid {ranks.processes[1].pid}) at dist/faulty.py:"
-    for begin in ("step 8 has taken 1.2 s, and ", "stopped: step 8 has taken over watch.hang_minutes=0.1: "):
-        line = next(line for line in ranks.screen.splitlines() if line.startswith(begin))
+    for begin in (r"step 8 has taken \d+\.?\d* s, and ", "stopped: step 8 has taken over watch.hang_minutes=0.1: "):
+        line = next(line for line in ranks.screen.splitlines() if re.match(begin, line))
         assert f"stacks in {tmp_path}/run/stacks/rank_*.txt; {sleeper}" in line and "fall_asleep" in line
         assert line.endswith(f"; rank 0 ({socket.gethostname()}, pid {ranks.processes[0].pid}) waits for other ranks")
     stacks = [(tmp_path / "run" / "stacks" / f"rank_{rank}.txt").read_text() for rank in range(2)]
     assert all("step 8 has taken too long" in text and "in train" in text for text in stacks)
     assert "fall_asleep" in stacks[1] and "fall_asleep" not in stacks[0]
+
+
+def test_torchrun_restarts_what_has_failed(tmp_path: Path) -> None:
+    """With the store of the first attempt, in which that one's failure is written."""
+    launcher = command("tests.dist.faulty", "raises once", "1", *COMMON, *SAVING, f"run.dir={tmp_path}", ranks=2)
+    launcher.insert(launcher.index("--standalone"), "--max-restarts=1")
+    done = finish(spawn(launcher, environment()))
+    assert "rank 1: RuntimeError: this rank is out of luck" in done.stderr
+    assert "resuming after step 6" in done.stdout and "belongs to another run" not in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -139,9 +148,6 @@ def test_ranks_that_disagree_do_not_start(faulty: Callable[..., Ranks], fault: s
     name = f"{socket.gethostname()}, pid {ranks.processes[1].pid}"
     assert line.startswith("error: ranks disagree on " + told.format(name))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
-
-
-SAVING = ("train.steps=8", "run.save_every=2", "run.keep_last=1", "run.log_every=1")
 
 
 @pytest.fixture
