@@ -32,6 +32,7 @@ address=$(scontrol show node --oneliner "$first" | sed -n 's/.* NodeAddr=\([^ ]*
 export MASTER_ADDR=${address:-$first}
 export MASTER_PORT=$((10000 + (SLURM_JOB_ID * 10 + ${SLURM_RESTART_COUNT:-0}) % 20000))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
+[ "${TP:-1}" -gt 1 ] && export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # megatron-core's wish
 
 # SLURM's signals go to the ranks, not to this shell. They save, and one may leave before the others: none is killed for
 # that at once. Those that wait for a rank that has died say so after watch.silent_seconds=40; what is left is killed.
