@@ -22,7 +22,8 @@ cpus=$(tr , '\n' <<<"$SLURM_JOB_CPUS_PER_NODE" | cut -d '(' -f 1 | sort -n | hea
 cpus=$((cpus / tasks > 0 ? cpus / tasks : 1))
 
 # srun reads what sbatch was asked for, too, which need not be what it got. Every task sees all GPUs of its node.
-unset SLURM_GPUS SLURM_GPUS_PER_NODE SLURM_GPUS_PER_TASK SLURM_NTASKS_PER_GPU SLURM_CPUS_PER_GPU SLURM_GPU_BIND
+unset SLURM_GPUS SLURM_GPUS_PER_NODE SLURM_GPUS_PER_TASK SLURM_NTASKS_PER_GPU SLURM_CPUS_PER_GPU \
+    SLURM_TRES_PER_TASK SLURM_GPU_BIND
 [ "$gpus" -gt 0 ] && export SLURM_GPUS_PER_NODE=$gpus
 
 # Nodes' names need not resolve; the address is the one by which SLURM itself reaches the node. The port lies below

@@ -224,7 +224,7 @@ def test_every_way_to_ask_for_gpus(cluster: Cluster, recorder: Path) -> None:
         ("--ntasks-per-gpu=1",): 8,
         ("--gpus-per-task=1", "--ntasks=16"): 8,
         ("--gpu-bind=single:1",): 8,
-        ("--gres=gpu:4", "--exclusive"): 8,  # n1 has 96 CPUs, n2 has 64
+        ("--gpus-per-node=4", "--gpus=8", "--exclusive"): 8,  # n1 has 96 CPUs, n2 has 64
     }
     jobs = {form: cluster.submit("slurm/pretrain_vitb.sh", options=form, **stand_in) for form in expected}
     for form, job in jobs.items():
