@@ -236,6 +236,14 @@ def test_every_way_to_ask_for_gpus(cluster: Cluster, recorder: Path) -> None:
         assert {task["SLURM_CPUS_PER_TASK"] for task in tasks} == {"8"}, form
 
 
+def test_finetune_is_one_task_on_one_node(cluster: Cluster, recorder: Path) -> None:
+    stand_in = {"PYTHON": str(recorder), "RECORDS": str(recorder.parent), "STATUS": "0"}
+    wide = ("--nodes=2", "--ntasks=2", "--gpus-per-node=2", "--gpus=4")
+    job = cluster.submit("slurm/finetune.sh", "runs/x", options=wide, **stand_in)
+    assert cluster.finished(job) == ("COMPLETED", 0), cluster.log(job)
+    assert recorded(recorder, job, "args") == [["-m", "finetune.report", "runs/x"]]
+
+
 def test_time_limit_signals_first(cluster: Cluster, recorder: Path) -> None:
     """Five minutes before, and up to one more: SLURM looks twice a minute."""
     stand_in = {"PYTHON": str(recorder), "RECORDS": str(recorder.parent), "STATUS": "wait:0"}
