@@ -84,12 +84,25 @@ def test_questions_become_rare(monkeypatch):
     assert pauses == [0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.0, 1.0, 1.0]
 
 
+def test_a_full_disk_keeps_no_rank_from_ending():
+    end = "from pretrain import peers; print('a line'); peers._quit(3, 'the end')"
+    with open("/dev/full", "w") as full:
+        line = [sys.executable, "-c", end]
+        assert (
+            subprocess.run(
+                line, cwd=ROOT, env=environment() | {"PYTHONUNBUFFERED": ""}, stdout=full, stderr=full
+            ).returncode
+            == 3
+        )
+
+
 SUSPENDED = """
 import os, signal, time
 from concurrent.futures import ThreadPoolExecutor
 from pretrain.peers import Peers
 
 def beat():
+    time.sleep(0.3)  # until the answer is waited for
     os.kill(os.getpid(), signal.SIGSTOP)
     time.sleep(0.3)
 
