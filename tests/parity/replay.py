@@ -51,12 +51,13 @@ def cases(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.glob("*.json")) if path.with_suffix(".safetensors").exists()]
 
 
-def replay(path: Path, zero: str, world: World) -> list[Row]:
-    """All quantities of the case described by `path`, under ds_configs/zero`zero`.json."""
+def replay(path: Path, zero: str, world: World, brief: bool = False) -> list[Row]:
+    """All quantities of the case described by `path`, under ds_configs/zero`zero`.json; if `brief`, without those of
+    the run that decays all parameters, as the reference's program does."""
     case = json.loads(path.read_text())
     golden = load_file(path.with_suffix(".safetensors"))
     rows: list[Row] = []
-    for label, exempt in (("", True), ("_ascode", False)):
+    for label, exempt in (("", True), ("_ascode", False))[: 1 if brief else 2]:
         config = our_config(case, float(golden["traj.lr"][0]), zero, exempt)
         config = replace(
             config,

@@ -13,25 +13,28 @@ from tests.launch import run
 GOLDEN = Path(__file__).parent / "golden"
 
 
-@pytest.mark.parametrize(
-    ("zero", "ranks", "shared"),
-    [("0 1 2 3 1_offload 3_offload", 1, ""), ("0 1 2 3 2_offload", 2, " on 2 ranks"), ("0 1 2 3", 4, " on 4 ranks")],
-)
-def test_golden_cases(zero: str, ranks: int, shared: str) -> None:
-    check(run("tests.parity", str(GOLDEN), "--zero", *zero.split(), ranks=ranks).stdout, zero, shared)
+@pytest.mark.parametrize("zero", ["0 1 2 3 3_offload"])
+def test_golden_cases(zero: str) -> None:
+    check(run("tests.parity", str(GOLDEN), "--zero", *zero.split()).stdout, zero, "", 240)
+
+
+@pytest.mark.parametrize(("zero", "ranks"), [("0 1 2 3 2_offload", 2), ("0 1 2 3", 4)])
+def test_golden_cases_shared_by_ranks(zero: str, ranks: int) -> None:
+    out = run("tests.parity", str(GOLDEN), "--brief", "--zero", *zero.split(), ranks=ranks).stdout
+    check(out, zero, f" on {ranks} ranks", 200)
 
 
 def test_golden_cases_where_two_ranks_split_every_layer() -> None:
-    out = run("tests.parity", str(GOLDEN), "--zero", "0", "1", "2", "3", "--tp", "2", ranks=4).stdout
-    check(out, "0 1 2 3", " on 4 ranks, 2 of them tensor-parallel")
+    out = run("tests.parity", str(GOLDEN), "--brief", "--zero", "0", "1", "2", "3", "--tp", "2", ranks=4).stdout
+    check(out, "0 1 2 3", " on 4 ranks, 2 of them tensor-parallel", 200)
     curves = [float(line.split("error")[1].split()[0]) for line in out.splitlines() if " traj.loss " in line]
     assert len(curves) == 40 and max(curves) < 1e-5
 
 
-def check(out: str, zero: str, shared: str) -> None:
+def check(out: str, zero: str, shared: str, quantities: int) -> None:
     for stage in zero.split():
         assert f"10 cases replayed at ZeRO {stage}{shared}: all within bounds" in out
-    assert out.count(" ok\n") > 240 * len(zero.split())
+    assert out.count(" ok\n") > quantities * len(zero.split())
 
 
 @pytest.mark.parametrize(
