@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 ROOT = Path(__file__).parent.parent
 TINY = "tests/tiny.yaml"
-TIMEOUT = 240
+TIMEOUT = 480
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "SLURM_", "OMPI_", "PMI")  # what they begin with
 
 
