@@ -25,10 +25,11 @@ from PIL import Image
 from benchmarks.step import ROOT, hardware, rounded
 from models.config import ModelConfig
 from models.masks import draw_block_masks, row_keys
-from pretrain.config import Config, ConfigError, batch_plan, load
+from pretrain.config import Config, batch_plan, load
 from pretrain.data.loader import build_dataset, build_loader
 from pretrain.data.sources import DataError
 from pretrain.parallel import World
+from pretrain.settings import ConfigError
 
 CPU = torch.device("cpu")
 

@@ -28,12 +28,13 @@ from torch import Tensor
 import pretrain.train
 from benchmarks.step import ROOT, random_batches
 from pretrain import parallel
-from pretrain.config import PRECISIONS, Config, ConfigError, data_ranks, load
+from pretrain.config import PRECISIONS, Config, data_ranks, load
 from pretrain.engine import read_mechanics
 from pretrain.layout import Zero
 from pretrain.parallel import World
 from pretrain.pieces import stretches
 from pretrain.plan import memory
+from pretrain.settings import ConfigError
 from pretrain.train import Trainer
 
 TOLERANCE = 0.05

@@ -17,10 +17,11 @@ from pathlib import Path
 from benchmarks.step import ROOT
 from models.config import ModelConfig
 from models.split import split_problem
-from pretrain.config import BatchPlan, Config, ConfigError, batch_plan, load, nearest_divisors
+from pretrain.config import BatchPlan, Config, batch_plan, load, nearest_divisors
 from pretrain.engine import engine_config, read_mechanics
 from pretrain.layout import Zero
 from pretrain.plan import GIB, Memory, memory, samples, useful_work
+from pretrain.settings import ConfigError
 from pretrain.traffic import Traffic, traffic
 
 STAGES, TENSOR_PARALLEL = (0, 1, 2, 3), (1, 2, 4, 8)

@@ -32,11 +32,12 @@ from models.config import ModelConfig
 from models.data2vec import Batch
 from models.fused import linear
 from pretrain import parallel
-from pretrain.config import PRECISIONS, Config, ConfigError, load
+from pretrain.config import PRECISIONS, Config, load
 from pretrain.data.collate import Collate
 from pretrain.data.sources import Sample
 from pretrain.parallel import World
 from pretrain.plan import samples, useful_work
+from pretrain.settings import ConfigError
 from pretrain.train import Trainer
 
 ROOT = Path(__file__).parent.parent

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 
-from convert.full import export
+from pretrain import full
 from pretrain.checkpoint import CheckpointError
-from pretrain.config import ConfigError
 from pretrain.runtime import EXIT_BAD_INPUT
+from pretrain.settings import ConfigError
 
 
 def main() -> int:
@@ -17,10 +17,13 @@ def main() -> int:
     parser.add_argument("target", help="the file to write, NAME.safetensors")
     args = parser.parse_args()
     try:
-        print(export(args.source, args.target))
+        found = full.read(args.source)
+        full.write(found, args.target)
     except (ConfigError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    size = sum(tensor.numel() for tensor in found.tensors.values())
+    print(f"{args.target}: {len(found.tensors)} tensors, {size / 1e6:.1f} M fp32 weights after step {found.step}")
     return 0
 
 

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 
 from finetune.features import FrozenEncoder
-from finetune.mfcc import HOP, log_mel
 from finetune.panels import HIDDEN, INK, LINE, MUTED, ROWS, Shown, explain_marks, hidden, mark, nearest, titled
 from models.config import RATE
 from pretrain.config import Config
+from pretrain.labelled.mfcc import HOP, log_mel
 
 Picture = NDArray[np.float64]  # (bands, columns of 10 ms, 3) in [0, 1]
 

@@ -15,15 +15,14 @@ from scipy.sparse import csr_matrix, vstack
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from finetune.modality import MODALITIES
-from finetune.samples import Array, Inputs, Matrix, Modality, Represent, Samples, like_sized, valid
 from models.config import ModelConfig
-from models.data2vec import FRONT_ENDS, Encoder
-from pretrain.config import ConfigError
+from models.data2vec import Encoder
+from models.masks import real_positions
 from pretrain.data.sources import DataError, Sample, in_one_line
-from pretrain.pieces import MASTER, TEACHER
+from pretrain.full import read
+from pretrain.labelled.modality import MODALITIES
+from pretrain.labelled.samples import Array, Inputs, Matrix, Modality, Represent, Samples, like_sized
 from pretrain.progress import Progress
-from pretrain.saved import find, weights
 
 
 class Features(NamedTuple):
@@ -53,7 +52,7 @@ class FrozenEncoder:
         """
         block = range(self.config.depth)[layer]
         positions = next(islice(self._states(inputs, lengths), block + 1, None))
-        real = valid(positions, lengths)
+        real = real_positions(positions, lengths)
         return Features(positions, (positions * real).sum(dim=1) / real.sum(dim=1))
 
     @torch.inference_mode()
@@ -66,7 +65,7 @@ class FrozenEncoder:
         assert self.encoder.local is not None
         local = self.encoder.local(inputs.to(self.device), lengths)
         if lengths is not None:
-            local = local * valid(local, lengths)  # nothing comes from behind the end, as in a sample alone
+            local = local * real_positions(local, lengths)  # nothing comes from behind the end, as in a sample alone
         yield local
         x, bias = self.encoder.context(local, lengths=lengths)
         for output, _ in self.encoder.layers(x, bias):
@@ -77,34 +76,14 @@ class FrozenEncoder:
 
 
 def load_encoder(path: str | Path, which: str = "teacher") -> FrozenEncoder:
-    """The teacher or the student of a run's newest or a given checkpoint, in fp32, put together from all ranks' pieces.
-
-    A teacher that is given the student's local features comes with the student's local encoder.
+    """The teacher or the student, in fp32, of a full form, a run's newest or a given checkpoint.
 
     Raises ConfigError or CheckpointError, in one line, if it is not to be had.
     """
-    if which not in WEIGHTS:
-        raise ConfigError(f"which={which!r}: know {', '.join(WEIGHTS)}")
-    found = find(path)
-    config = found.config.model
-    encoder = _fresh(config, seed=0)
-    shapes = {name: parameter.shape for name, parameter in encoder.named_parameters()}
-    borrowed = {}
-    if which == "teacher" and FRONT_ENDS[config.modality].given:
-        borrowed = {name: shape for name, shape in shapes.items() if name.startswith("local.")}
-    own = {name: shape for name, shape in shapes.items() if name not in borrowed}
-    state = _read(found.folder, WEIGHTS[which], own) | _read(found.folder, MASTER, borrowed)
-    encoder.load_state_dict({name: state[name] for name in shapes})
-    return FrozenEncoder(encoder, config)
-
-
-WEIGHTS = {"teacher": TEACHER, "student": MASTER}
-
-
-def _read(folder: Path, kind: str, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
-    prefix = "student." if kind == MASTER else ""
-    found = weights(folder, kind, {prefix + name: shape for name, shape in shapes.items()})
-    return {name: found[prefix + name] for name in shapes}
+    full = read(path)
+    encoder = _fresh(full.model, seed=0)
+    encoder.load_state_dict(full.encoder(which))
+    return FrozenEncoder(encoder, full.model)
 
 
 def extract(

@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from sklearn.preprocessing import normalize
 
 from finetune.features import FrozenEncoder, extract
-from finetune.modality import MODALITIES
 from finetune.probe import DRAWS, METHOD_NAMES, METHODS, PRETRAINED, UNTRAINED, ProbeTable
-from finetune.samples import Labels
 from pretrain.config import Config
 from pretrain.data.collate import Collate
 from pretrain.data.sources import Sample
+from pretrain.labelled.modality import MODALITIES
+from pretrain.labelled.samples import Labels
 
 Picture = NDArray[np.float64]  # (H, W, 3) in [0, 1]
 
@@ -51,7 +51,7 @@ ROWS = 6  # of samples in the lower panels
 class Shown:
     """The samples that the picture is made of: queries, and a gallery that their neighbours come from."""
 
-    queries: Any  # finetune.samples.Samples
+    queries: Any  # pretrain.labelled.samples.Samples
     gallery: Any
     query_ids: list[int]
     gallery_ids: list[int]

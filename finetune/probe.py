@@ -27,16 +27,18 @@ from sklearn.model_selection import StratifiedKFold
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import normalize
 
-from finetune.features import WEIGHTS, FrozenEncoder, extract_each, load_encoder
-from finetune.modality import MODALITIES
-from finetune.samples import Labelled, Labels, Matrix, Represent, Samples
+from finetune.features import FrozenEncoder, extract_each, load_encoder
 from pretrain.checkpoint import CheckpointError
-from pretrain.config import Config, ConfigError
+from pretrain.config import Config
 from pretrain.data.fetch import resolve
 from pretrain.data.sources import DataError
 from pretrain.files import write_atomically
+from pretrain.full import WHICH
+from pretrain.labelled.modality import MODALITIES
+from pretrain.labelled.samples import Labelled, Labels, Matrix, Represent, Samples
 from pretrain.progress import Progress
 from pretrain.saved import find
+from pretrain.settings import ConfigError
 
 Count = int | str  # of labels; ALL for as many as there are
 
@@ -282,7 +284,7 @@ def main() -> int:
     parser = argparse.ArgumentParser("finetune.probe", description="kNN and linear probes on a run's frozen features.")
     parser.add_argument("path", help="a run folder, or one of its checkpoints/step_*")
     parser.add_argument("--labels", nargs="+", type=count_of_labels, default=list(COUNTS), metavar="N", help="or all")
-    parser.add_argument("--which", choices=WEIGHTS, default="teacher")
+    parser.add_argument("--which", choices=WHICH, default="teacher")
     parser.add_argument("--data", default="", metavar="PATH", help="labelled train and test data; default: the run's")
     args = parser.parse_args()
     try:

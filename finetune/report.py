@@ -23,7 +23,6 @@ from matplotlib.figure import Figure
 
 from finetune import audio_panels, image_panels, text_panels
 from finetune.features import FrozenEncoder, load_encoder
-from finetune.modality import MODALITIES
 from finetune.panels import (
     BLUE,
     MUTED,
@@ -37,11 +36,12 @@ from finetune.panels import (
     titled,
 )
 from finetune.probe import ProbeTable, balanced_order, compare, labelled_data
-from finetune.samples import NoProbe
 from pretrain.checkpoint import CheckpointError
-from pretrain.config import ConfigError
 from pretrain.data.sources import DataError
+from pretrain.labelled.modality import MODALITIES
+from pretrain.labelled.samples import NoProbe
 from pretrain.saved import Checkpoint, find
+from pretrain.settings import ConfigError
 
 PANELS = {"image": image_panels, "audio": audio_panels, "text": text_panels}
 TIMES = " \N{MULTIPLICATION SIGN} "

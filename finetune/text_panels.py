@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from sklearn.preprocessing import normalize
 
 from finetune.features import FrozenEncoder
-from finetune.modality import MODALITIES
 from finetune.panels import HIDDEN, INK, MUTED, Shown, explain_marks, hidden, mark, nearest, titled
-from finetune.samples import like_sized
 from pretrain.config import Config
 from pretrain.data.tokenizer import Tokenizer
+from pretrain.labelled.modality import MODALITIES
+from pretrain.labelled.samples import like_sized
 
 MONO, SANS = "DejaVu Sans Mono", "DejaVu Sans"
 SIZE, ADVANCE, LINE_HEIGHT = 8.0, 0.602, 1.5  # points; width of a mono character and height of a line in SIZE

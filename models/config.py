@@ -123,6 +123,15 @@ class DropoutConfig:
 
 
 @dataclass(frozen=True)
+class HeadConfig:
+    """What fine-tuning puts on the encoder: `outputs` classes, letters, or 1 for a number to regress. `dropout` is the
+    head's own."""
+
+    outputs: int = 0
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     modality: str = "image"
     width: int = 768

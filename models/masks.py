@@ -117,3 +117,10 @@ def scatter_rows(
         for rows, seed in zip(full.chunk(len(seeds)), seeds, strict=True):
             rows.normal_(std=noise_std, generator=generator.manual_seed(seed))
     return full.scatter_(1, ids_keep[..., None].expand(-1, -1, d), kept)
+
+
+def real_positions(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """(B, T, 1), in x's type: 1 where positions of x (B, T, D) lie before the sample's end, `lengths` (B,); else 0."""
+    if lengths is None:
+        return x.new_ones(len(x), x.shape[1], 1)
+    return (torch.arange(x.shape[1], device=x.device) < lengths.to(x.device)[:, None])[..., None].to(x.dtype)

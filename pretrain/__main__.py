@@ -13,12 +13,13 @@ import torch
 
 from pretrain import parallel
 from pretrain.checkpoint import CheckpointError
-from pretrain.config import ConfigError, load, to_yaml
+from pretrain.config import load
 from pretrain.data.sources import DataError
 from pretrain.fingerprint import code, require_agreement, settings
 from pretrain.peers import Peers
 from pretrain.plan import describe
 from pretrain.runtime import EXIT_BAD_INPUT, EXIT_DIVERGED
+from pretrain.settings import ConfigError, to_yaml
 from pretrain.train import Diverged, train
 
 

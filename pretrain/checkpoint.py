@@ -23,10 +23,11 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from pretrain import pieces
-from pretrain.config import Config, RunConfig, flat, to_yaml
+from pretrain.config import Config, RunConfig
 from pretrain.ema import ShardedTeacher
 from pretrain.files import flush, write_atomically
 from pretrain.parallel import World
+from pretrain.settings import flat, to_yaml
 
 PARTIAL = ".partial-"
 REPLACED = ".replaced-"  # a checkpoint whose step is saved again, until the new one is there

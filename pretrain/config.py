@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
-
-import yaml
 
 from models.config import RATE, ModelConfig, problems
 from models.split import split_problem
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be run, in one line: what is wrong, where, what would be right."""
+from pretrain.settings import ConfigError, build, read_tree
 
 
 @dataclass(frozen=True)
@@ -158,29 +150,9 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     Raises ConfigError, always one line, for a missing file, bad YAML, an unknown key (naming the nearest), a value of
     the wrong type, or numbers that do not fit together.
     """
-    path = Path(path)
-    tree = _read_yaml(path)
-    if (base := tree.pop("base", None)) is not None:
-        if not isinstance(base, str):
-            raise ConfigError(f"{path}: base: {base!r} should be the name of a YAML file beside it")
-        parent = _read_yaml(path.parent / base)
-        if "base" in parent:
-            raise ConfigError(f"{path}: its base {base} has a base of its own; one level is allowed")
-        tree = _merge(parent, tree)
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise ConfigError(f"{override!r} is no override; write section.key=value, e.g. train.steps=1000")
-        try:
-            value: Any = yaml.safe_load(text)
-        except yaml.YAMLError:
-            value = text
-        for part in reversed(key.split(".")):
-            value = {part: value}
-        tree = _merge(tree, value)
-    config = _build(Config, tree, "", str(path))
+    config = build(Config, read_tree(path, overrides), source=str(path))
     if not config.run.dir:
-        config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=f"runs/{path.stem}"))
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=f"runs/{Path(path).stem}"))
     check(config)
     return config
 
@@ -283,99 +255,3 @@ def nearest_divisors(number: int, to: int, count: int) -> list[int]:
     """At most `count` divisors of `number`, those nearest to `to`, ascending."""
     low = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
     return sorted(sorted({*low, *(number // d for d in low)}, key=lambda d: abs(d - to))[:count])
-
-
-def to_yaml(config: Config) -> str:
-    """The whole resolved config; `load` reads it back to an equal one."""
-    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, width=110)
-
-
-def flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """{"optim.lr": 0.001, ...}"""
-    out: dict[str, Any] = {}
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        nested = dataclasses.is_dataclass(value)
-        out |= flat(value, f"{prefix}{f.name}.") if nested else {prefix + f.name: value}
-    return out
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except OSError as error:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise ConfigError(f"cannot read config {path}: {error.strerror}{hint}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if tree is not None and not isinstance(tree, dict):
-        raise ConfigError(f"{path} holds a {type(tree).__name__}; a config is a mapping of sections")
-    return tree or {}
-
-
-def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
-    out = dict(low)
-    for key, value in high.items():
-        old = out.get(key)
-        out[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return out
-
-
-def _build(cls: type, tree: Any, prefix: str, source: str) -> Any:
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{source}: {prefix.rstrip('.')} is a section with keys, not {tree!r}")
-    hints = get_type_hints(cls)
-    for key in tree:
-        if key not in hints:
-            everywhere = [*flat(Config()), *hints]
-            near = difflib.get_close_matches(prefix + str(key), everywhere, 1, 0.5)
-            near = near or [k for k in everywhere if k.rsplit(".", 1)[-1] == key][:1]
-            hint = f"; did you mean {near[0]}?" if near else f"; know {', '.join(hints)}"
-            raise ConfigError(f"{source}: unknown key {prefix}{key}{hint}")
-    values = {key: _convert(hints[key], value, prefix + key, source) for key, value in tree.items()}
-    return cls(**values)
-
-
-def _convert(kind: Any, value: Any, key: str, source: str) -> Any:
-    """`value` as the annotated type; YAML reads 1e-3 as text, so numbers are parsed from it too."""
-
-    def bad(expected: str) -> ConfigError:
-        return ConfigError(f"{source}: {key}={value!r} should be {expected}")
-
-    if dataclasses.is_dataclass(kind):
-        return _build(typing.cast(type, kind), value, key + ".", source)
-    if get_origin(kind) in (types.UnionType, typing.Union):
-        if value is None:
-            return None
-        return _convert(next(a for a in get_args(kind) if a is not type(None)), value, key, source)
-    if get_origin(kind) is tuple:
-        item, *rest = get_args(kind)
-        if not isinstance(value, list | tuple) or (rest != [...] and len(value) != 1 + len(rest)):
-            raise bad("a list" if rest == [...] else f"a list of {1 + len(rest)} values")
-        return tuple(_convert(item, v, f"{key}[{i}]", source) for i, v in enumerate(value))
-    if kind is bool:
-        if not isinstance(value, bool):
-            raise bad("true or false")
-        return value
-    if kind is str:
-        if value is None or isinstance(value, dict | list):
-            raise bad("a text")
-        return str(value)
-    try:
-        if isinstance(value, bool):
-            raise ValueError
-        if kind is int and isinstance(value, int):
-            return value
-        number = float(value)
-        if kind is int and number != int(number):
-            raise ValueError
-        return int(number) if kind is int else number
-    except (TypeError, ValueError, OverflowError):
-        raise bad("a whole number" if kind is int else "a number") from None

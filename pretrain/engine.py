@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from models.data2vec import Data2Vec
-from pretrain.config import BatchPlan, Config, ConfigError
+from pretrain.config import BatchPlan, Config
 from pretrain.optim import build_optimizer
 from pretrain.parallel import ParallelState, World
+from pretrain.settings import ConfigError
 
 # One owner a number: these live in the YAML, so a DeepSpeed JSON that sets them is refused.
 OWNED_BY_YAML = {

@@ -15,12 +15,13 @@ import numpy as np
 import torch
 
 from models.masks import row_keys
-from pretrain.config import Config, flat
+from pretrain.config import Config
 from pretrain.data.loader import Dataset
 from pretrain.data.names import digest
 from pretrain.data.sampler import permutation
 from pretrain.engine import read_mechanics
 from pretrain.peers import Peers
+from pretrain.settings import flat
 
 OWN = ("data.path", "data.workers", "train.threads")  # settings that a machine may have for itself
 PACKAGES = ("torch", "deepspeed", "numpy", "safetensors")

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 import deepspeed
 
-from pretrain.config import ConfigError
+from pretrain.settings import ConfigError
 
 RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT")
 # What deepspeed, Open MPI and MPICH call the number of ranks on this machine.

@@ -24,7 +24,8 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from pretrain.config import ConfigError, WatchConfig
+from pretrain.config import WatchConfig
+from pretrain.settings import ConfigError
 
 ARRIVAL = timedelta(minutes=10)  # between the first rank's start and the last one's
 SILENT = WatchConfig().silent_seconds  # until the config is known

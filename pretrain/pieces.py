@@ -222,9 +222,22 @@ def _fill(piece: Piece, found: Sequence[Stored]) -> None:
         raise RuntimeError(f"{filled} of {piece.values.numel()} values of {piece.name} are there")
 
 
-def read_whole(folder: Path, kind: str, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+def whole_shapes(folder: Path, kind: str) -> dict[str, tuple[int, ...]]:
+    """The whole parameters that the files of a folder have pieces of, by name, in their order."""
+    found: dict[str, tuple[int, ...]] = {}
+    for path in files(folder):
+        with safe_open(path, "pt") as file:
+            for key, place in (file.metadata() or {}).items():
+                of_kind, _, name = key.partition("/")
+                if of_kind == kind:
+                    _, shape, split = json.loads(place)
+                    found[name] = Split(*split).whole(shape) if split else tuple(shape)
+    return found
+
+
+def read_whole(folder: Path, kind: str, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
     """Whole parameters of a `kind`, fp32 on the CPU. Raises RuntimeError if a part is missing."""
-    out = {name: torch.empty(shape) for name, shape in shapes.items()}
+    out = {name: torch.empty(tuple(shape)) for name, shape in shapes.items()}
     read(
         files(folder),
         [Piece(f"{kind}/{name}", tuple(tensor.shape), 0, tensor.view(-1)) for name, tensor in out.items()],

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from pretrain.checkpoint import CheckpointError, latest
-from pretrain.config import Config, ConfigError, load
+from pretrain.config import Config, load
 from pretrain.pieces import read_whole
+from pretrain.settings import ConfigError, read_tree
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,13 @@ class Checkpoint:
 
     @property
     def config(self) -> Config:
+        """Of a pre-training run."""
         return load(self.folder / "config.yaml")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The resolved config of whatever run it is, as it was written."""
+        return read_tree(self.folder / "config.yaml")
 
 
 def find(path: str | Path) -> Checkpoint:
@@ -61,7 +68,7 @@ def find(path: str | Path) -> Checkpoint:
     raise ConfigError(f"{path} is neither a run folder nor a checkpoint: no checkpoints/latest and no state.json in it")
 
 
-def weights(folder: Path, kind: str, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+def weights(folder: Path, kind: str, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
     """`pretrain.pieces.read_whole`, but that it raises CheckpointError, in one line, whatever is wrong."""
     try:
         return read_whole(folder, kind, shapes)

@@ -20,7 +20,7 @@ from models.masks import row_keys
 from models.targets import Moments, deviation, pool
 from pretrain import checkpoint
 from pretrain.checkpoint import RunState
-from pretrain.config import BatchPlan, Config, ConfigError, batch_plan, load, to_yaml
+from pretrain.config import BatchPlan, Config, batch_plan, load
 from pretrain.data.loader import Dataset, build_dataset, build_loader
 from pretrain.data.sources import DataError
 from pretrain.ema import ShardedTeacher
@@ -31,6 +31,7 @@ from pretrain.metrics import Recorder
 from pretrain.optim import ema_decay, learning_rate, set_hyperparameters
 from pretrain.parallel import World
 from pretrain.runtime import EXIT_RESUME, StopRequest
+from pretrain.settings import ConfigError, to_yaml
 from pretrain.watchdog import Watchdog
 
 TOLERATED = 10  # undecodable files that do not stop a run whose share of them is still a small number's noise

@@ -10,8 +10,9 @@ from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import Sampler
 
 from models.config import RATE
-from pretrain.config import BatchPlan, ConfigError
+from pretrain.config import BatchPlan
 from pretrain.data.sampler import permutation
+from pretrain.settings import ConfigError
 
 Key = tuple[int, int, int]  # (epoch, index of the recording in the data set, samples to read of it)
 

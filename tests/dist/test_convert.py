@@ -9,10 +9,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from convert.full import export
 from models.data2vec import Data2Vec
+from pretrain import full
 from pretrain.checkpoint import CheckpointError
-from pretrain.config import ConfigError, load, to_yaml
+from pretrain.config import load
+from pretrain.settings import ConfigError, to_yaml
 from pretrain.saved import Checkpoint
 from tests.launch import run
 
@@ -54,7 +55,7 @@ def test_bad_input_is_one_line(tmp_path: Path, trained: Path) -> None:
         (tmp_path, tmp_path / "out.safetensors", ConfigError, "neither a run folder nor a checkpoint"),
     ):
         with pytest.raises(error, match=words) as told:
-            export(source, target)
+            full.write(full.read(source), target)
         assert "\n" not in str(told.value)
     done = run("convert", str(trained), str(there), status=2)
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
@@ -74,7 +75,7 @@ def test_a_missing_piece_leaves_no_file(tmp_path: Path, trained: Path) -> None:
     aside = shard.rename(tmp_path / "aside")
     try:
         with pytest.raises(CheckpointError, match="values of .* are there"):
-            export(trained, tmp_path / "out.safetensors")
+            full.write(full.read(trained), tmp_path / "out.safetensors")
     finally:
         aside.rename(shard)
     assert not list(tmp_path.glob("*safetensors*"))

@@ -11,7 +11,8 @@ import torch
 
 from models.config import ModelConfig
 from models.split import RULES, Split, split_of, split_problem
-from pretrain.config import ConfigError, load
+from pretrain.config import load
+from pretrain.settings import ConfigError
 from tests.launch import TINY, run
 
 DROPOUT = [f"model.dropout.{name}=0.2" for name in ("residual", "attention", "mlp", "prenet")]

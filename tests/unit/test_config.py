@@ -10,19 +10,9 @@ import pytest
 
 from models.config import ModelConfig
 from pretrain.__main__ import main
-from pretrain.config import (
-    Config,
-    ConfigError,
-    DataConfig,
-    ImageDataConfig,
-    OptimConfig,
-    TrainConfig,
-    batch_plan,
-    flat,
-    load,
-    to_yaml,
-)
+from pretrain.config import Config, DataConfig, ImageDataConfig, OptimConfig, TrainConfig, batch_plan, load
 from pretrain.engine import OWNED_BY_YAML, engine_config, read_mechanics
+from pretrain.settings import ConfigError, flat, to_yaml
 
 ROOT = Path(__file__).parents[2]
 DEMO = "configs/pretrain/image_demo.yaml"

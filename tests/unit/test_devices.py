@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pretrain.config import ConfigError
 from pretrain.devices import choose_device, disagreement, mismatch
 from pretrain.peers import Peers
+from pretrain.settings import ConfigError
 
 SRUN = {"SLURM_STEP_NUM_TASKS": "16", "SLURM_GPUS_ON_NODE": "8"}
 

@@ -3,8 +3,8 @@
 import pytest
 
 from pretrain import launchers
-from pretrain.config import ConfigError
 from pretrain.launchers import started_by_mpi, tasks_per_node, variables
+from pretrain.settings import ConfigError
 
 # As SLURM 22.05 sets them: in task 3 of 4 on the second of two nodes, in a batch script, in salloc's shell.
 TASK = {

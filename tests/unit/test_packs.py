@@ -6,8 +6,9 @@ from itertools import chain, islice
 import numpy as np
 import pytest
 
-from pretrain.config import BatchPlan, ConfigError
+from pretrain.config import BatchPlan
 from pretrain.data.packs import PackSampler
+from pretrain.settings import ConfigError
 
 BOUND = 1_000_000
 SPEECH = np.random.default_rng(0).gamma(6, 2.2 * 16_000, 3000).clip(32_000, 320_000).astype(np.int64)

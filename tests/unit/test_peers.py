@@ -11,8 +11,8 @@ import pytest
 import torch.distributed as dist
 
 from pretrain import peers
-from pretrain.config import ConfigError
 from pretrain.peers import Peers
+from pretrain.settings import ConfigError
 from tests.launch import ROOT, TIMEOUT, environment, free_port
 
 

@@ -16,7 +16,6 @@ from PIL import Image
 from finetune import probe as probes
 from finetune import report as reports
 from finetune.features import FrozenEncoder, extract, load_encoder
-from finetune.image import PIXELS, centre_crops
 from finetune.probe import (
     PRETRAINED,
     UNTRAINED,
@@ -28,13 +27,15 @@ from finetune.probe import (
     probe,
     usable,
 )
-from finetune.samples import NoProbe
 from models.data2vec import Data2Vec
 from pretrain import pieces
 from pretrain.checkpoint import CheckpointError
-from pretrain.config import Config, ConfigError, load, to_yaml
+from pretrain.config import Config, load
 from pretrain.data.sources import open_images
+from pretrain.labelled.image import PIXELS, centre_crops
+from pretrain.labelled.samples import NoProbe
 from pretrain.saved import find
+from pretrain.settings import ConfigError, to_yaml
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,11 +55,11 @@ def model() -> Data2Vec:
 
 
 def write_checkpoint(folder: Path, model: Data2Vec, config: Config, ranks: int, step: int = 7) -> Path:
-    """What pretrain.checkpoint writes, as far as features need it: teacher and student cut into `ranks` flat shards."""
+    """What pretrain.checkpoint writes, teacher, student and decoder cut into `ranks` flat shards."""
     path = folder / "checkpoints" / f"step_{step:08d}"
     path.mkdir(parents=True)
     whole = [(f"teacher/{name}", p) for name, p in model.teacher.named_parameters()]
-    whole += [(f"master/student.{name}", p) for name, p in model.student.named_parameters()]
+    whole += [(f"master/{name}", p) for name, p in model.named_parameters() if not name.startswith("teacher.")]
     shard = -(-sum(p.numel() for _, p in whole) // ranks)
     for rank in range(ranks):
         found, begin = [], 0
@@ -90,7 +91,7 @@ def test_teacher_of_several_ranks_is_whole(tmp_path: Path, model: Data2Vec, rank
 def test_missing_piece_is_named(tmp_path: Path, model: Data2Vec) -> None:
     path = write_checkpoint(tmp_path, model, tiny(), ranks=2)
     pieces.file(path, 0).unlink()
-    with pytest.raises(CheckpointError, match=r"0 of \d+ values of teacher/local") as error:
+    with pytest.raises(CheckpointError, match=r"\d+ of \d+ values of |missing: .*teacher\.local") as error:
         load_encoder(path)
     assert "\n" not in str(error.value)
 

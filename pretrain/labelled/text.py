@@ -12,14 +12,16 @@ from numpy.typing import NDArray
 from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import Tensor
 
-from finetune.samples import Inputs, Labelled, Modality, NoProbe, Represent, last, pad, refuse_shared, valid
 from models.config import ModelConfig
-from pretrain.config import Config, ConfigError
+from models.masks import real_positions
+from pretrain.config import Config
 from pretrain.data.corpus import Corpus, open_corpus
 from pretrain.data.fetch import resolve
 from pretrain.data.sources import DataError, Sample
 from pretrain.data.text import SentenceDataset, Sentences, open_sentences
 from pretrain.data.tokenizer import Tokenizer, open_tokenizer
+from pretrain.labelled.samples import Inputs, Labelled, Modality, NoProbe, Represent, last, pad, refuse_shared
+from pretrain.settings import ConfigError
 
 TOKENIZERS = ("*.model", "*tokenizer.json")
 PIECES, PIECE = 5000, 20  # of a corpus without labels: how many, of how many tokens
@@ -110,7 +112,7 @@ def collate(config: ModelConfig, samples: Sequence[Sample]) -> Inputs:
 def mean(states: Iterator[Tensor], lengths: Tensor | None, config: ModelConfig) -> Tensor:
     """-> (B, D), of the last block's output over all tokens of each sentence, <s> and </s> among them."""
     positions = last(states)
-    real = valid(positions, lengths)
+    real = real_positions(positions, lengths)
     return (positions * real).sum(dim=1) / real.sum(dim=1)
 
 

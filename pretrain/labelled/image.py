@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from finetune.samples import Inputs, Labelled, Modality, Represent, last, open_splits, renumbered
 from models.config import ModelConfig
 from pretrain.config import Config
 from pretrain.data.fetch import resolve
 from pretrain.data.image import ImageDataset
 from pretrain.data.sources import ImageSource, Sample, open_images
+from pretrain.labelled.samples import Inputs, Labelled, Modality, Represent, last, open_splits, renumbered
 
 CELLS = 2  # a side: probes see the means of the four quarters, for where things are in a picture is worth keeping
 PIXEL_EDGE = 32  # larger images are averaged down before their pixels count as features

@@ -143,14 +143,6 @@ def last(states: Iterator[Tensor]) -> Tensor:
     return output
 
 
-def valid(positions: Tensor, lengths: Tensor | None) -> Tensor:
-    """(B, T, 1) 1 where positions (B, T, D) are no padding, 0 elsewhere."""
-    b, t, _ = positions.shape
-    if lengths is None:
-        return positions.new_ones(b, t, 1)
-    return (torch.arange(t, device=positions.device) < lengths.to(positions.device)[:, None])[..., None].float()
-
-
 def like_sized(sizes: NDArray[np.int64], count: int, largest: int) -> list[NDArray[np.int64]]:
     """Batches of samples of like length, as indices into `sizes`, the longest samples first, so that what is too much
     for the memory is too much at once. Each has at most `count` samples and, padded to its longest, at most `largest`

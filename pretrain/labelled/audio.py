@@ -11,14 +11,15 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from finetune.mfcc import WINDOW, mfcc_statistics
-from finetune.samples import Inputs, Labelled, Modality, Represent, open_splits, pad, renumbered, valid
 from models.config import RATE, ModelConfig
+from models.masks import real_positions
 from pretrain.config import Config
 from pretrain.data.audio import AudioDataset
 from pretrain.data.fetch import resolve
 from pretrain.data.recordings import AudioSource, open_audio
 from pretrain.data.sources import Sample
+from pretrain.labelled.mfcc import WINDOW, mfcc_statistics
+from pretrain.labelled.samples import Inputs, Labelled, Modality, Represent, open_splits, pad, renumbered
 
 
 def labelled(config: Config, path: str, run: Path | None = None) -> Labelled:
@@ -67,7 +68,7 @@ def mean_and_deviation(states: Iterator[Tensor], lengths: Tensor | None, config:
     SUPERB (Yang et al., Interspeech 2021) lets probes see such a sum, with learned weights.
     """
     positions = torch.stack([F.layer_norm(state, state.shape[-1:]) for state in states]).sum(dim=0)
-    real = valid(positions, lengths)
+    real = real_positions(positions, lengths)
     count = real.sum(dim=1)
     mean = (positions * real).sum(dim=1) / count
     variance = ((positions - mean[:, None]).square() * real).sum(dim=1) / count

@@ -1,0 +1,169 @@
+"""The full form: whole fp32 weights in one file, whichever ranks and stage wrote them. All conversions go through it.
+
+    student.*  decoder.*  teacher.*     a pre-trained model: a state dict of `models.data2vec.Data2Vec`
+    student.*  head.*                   a fine-tuned one, of `models.heads.FineTuned`
+    assets/NAME                         bytes of the files that the weights mean nothing without: tokenizer, labels
+
+The step and the run's resolved settings are the file's metadata.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from models.config import HeadConfig, ModelConfig
+from models.data2vec import Data2Vec
+from models.heads import FineTuned
+from pretrain.checkpoint import CheckpointError
+from pretrain.files import replacing
+from pretrain.pieces import MASTER, TEACHER, whole_shapes
+from pretrain.saved import Checkpoint, find, weights
+from pretrain.settings import ConfigError, build
+
+ASSETS = "assets/"
+LABELS = "labels.json"  # names of a fine-tuned model's outputs, in their order
+TOKENIZERS = ("*.model", "*tokenizer.json")
+SUFFIX = ".safetensors"
+WHICH = ("teacher", "student")
+
+
+@dataclass(frozen=True)
+class Full:
+    """A model and what belongs to it. `settings`: the run's resolved YAML, which has at least `model`, and `head`
+    if it is fine-tuned. Raises CheckpointError, in one line, if they do not describe the `tensors`."""
+
+    tensors: dict[str, Tensor]
+    settings: dict[str, Any]
+    step: int = 0
+    assets: dict[str, bytes] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        refuse_differences(self.tensors, expected_shapes(self.network("meta")))
+
+    @property
+    def model(self) -> ModelConfig:
+        return model_of(self.settings)
+
+    @property
+    def head(self) -> HeadConfig | None:
+        """None: the model is pre-trained."""
+        return head_of(self.settings)
+
+    def network(self, device: str = "cpu") -> Data2Vec | FineTuned:
+        """The module whose state dict the tensors are, not filled."""
+        with torch.device(device):
+            return Data2Vec(self.model) if self.head is None else FineTuned(self.model, self.head)
+
+    def encoder(self, which: str = "student") -> dict[str, Tensor]:
+        """A state dict of `models.data2vec.Encoder`: the student's or the teacher's, which comes with the student's
+        local features, and with whatever else it shares, where it has none of its own.
+
+        Raises ConfigError if there is no teacher.
+        """
+        if which not in WHICH:
+            raise ConfigError(f"which={which!r}: know {', '.join(WHICH)}")
+        if which == "teacher" and self.head is not None:
+            raise ConfigError("a fine-tuned model has no teacher; take the student")
+        own = {n.removeprefix(f"{which}."): t for n, t in self.tensors.items() if n.startswith(f"{which}.")}
+        shared = {n.removeprefix("student."): t for n, t in self.tensors.items() if n.startswith("student.")}
+        return {name: own.get(name, tensor) for name, tensor in shared.items()}
+
+
+def expected_shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+
+
+def refuse_differences(found: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], where: str = "") -> None:
+    """Raises CheckpointError, listing every name that is missing, unexpected or of another shape."""
+    lists = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - expected.keys()),
+        "of another shape": [
+            f"{name} {list(found[name].shape)}, not {list(shape)}"
+            for name, shape in expected.items()
+            if name in found and tuple(found[name].shape) != tuple(shape)
+        ],
+    }
+    if told := [f"{what}: {', '.join(names)}" for what, names in lists.items() if names]:
+        raise CheckpointError(f"{where or 'the weights'} do not fit the model; {'; '.join(told)}")
+
+
+def model_of(settings: Mapping[str, Any]) -> ModelConfig:
+    return build(ModelConfig, settings.get("model", {}), "model.")
+
+
+def head_of(settings: Mapping[str, Any]) -> HeadConfig | None:
+    return build(HeadConfig, settings["head"], "head.") if settings.get("head") else None
+
+
+def read(path: str | Path) -> Full:
+    """The full form of a .safetensors file, of a run's newest checkpoint, or of one of its checkpoints/step_*.
+
+    Raises ConfigError or CheckpointError, in one line, if it is none of these or a part is missing.
+    """
+    path = Path(path).expanduser()
+    return _read_file(path) if path.suffix == SUFFIX else _read_checkpoint(find(path))
+
+
+def _read_file(path: Path) -> Full:
+    tensors, assets = {}, {}
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if "config" not in metadata:
+                raise CheckpointError(
+                    f"{path} is no full form: its metadata have no config; python -m convert writes one"
+                )
+            settings, step = yaml.safe_load(metadata["config"]), int(metadata.get("step", 0))
+            for name in file.keys():  # noqa: SIM118 (it is no dict)
+                if name.startswith(ASSETS):
+                    assets[name.removeprefix(ASSETS)] = file.get_tensor(name).numpy().tobytes()
+                else:
+                    tensors[name] = file.get_tensor(name)
+    except (OSError, SafetensorError, ValueError, yaml.YAMLError) as error:
+        raise CheckpointError(f"cannot read {path}: {' '.join(str(error).split())[:200]}") from None
+    return Full(tensors, settings, step, assets)
+
+
+def _read_checkpoint(found: Checkpoint) -> Full:
+    tensors: dict[str, Tensor] = {}
+    for kind, prefix in ((MASTER, ""), (TEACHER, "teacher.")):
+        shapes = whole_shapes(found.folder, kind)
+        tensors |= {prefix + name: tensor for name, tensor in weights(found.folder, kind, shapes).items()}
+    try:
+        return Full(tensors, found.settings, found.step, assets_of(found.run))
+    except CheckpointError as error:
+        raise CheckpointError(f"{found.folder}: {error}") from None
+
+
+def assets_of(run: Path) -> dict[str, bytes]:
+    """The files of a run folder that travel with its weights."""
+    return {path.name: path.read_bytes() for pattern in (*TOKENIZERS, LABELS) for path in sorted(run.glob(pattern))}
+
+
+def write(full: Full, path: str | Path) -> None:
+    """Writes a .safetensors file, whole or not at all, and never over a file. Raises ConfigError if it cannot."""
+    path = Path(path).expanduser()
+    if path.suffix != SUFFIX:
+        raise ConfigError(f"{path} should be the name of a file to write, NAME{SUFFIX}")
+    if path.exists():
+        raise ConfigError(f"{path} is there already; choose another name, or delete it")
+    content = {
+        ASSETS + name: torch.frombuffer(bytearray(data), dtype=torch.uint8) for name, data in full.assets.items()
+    }
+    settings = yaml.safe_dump(full.settings, sort_keys=False, width=110)
+    try:
+        with replacing(path) as beside:
+            save_file(full.tensors | content, beside, {"format": "pt", "step": str(full.step), "config": settings})
+            beside.chmod(0o644)  # it is made readable for its owner alone
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"cannot write {path}: {error}") from None
