@@ -16,11 +16,12 @@ from pretrain.checkpoint import CheckpointError
 from pretrain.config import load
 from pretrain.data.sources import DataError
 from pretrain.fingerprint import code, require_agreement, settings
+from pretrain.loop import Diverged, run
 from pretrain.peers import Peers
 from pretrain.plan import describe
 from pretrain.runtime import EXIT_BAD_INPUT, EXIT_DIVERGED
 from pretrain.settings import ConfigError, to_yaml
-from pretrain.train import Diverged, train
+from pretrain.train import PreTraining
 
 
 def main() -> int:
@@ -44,7 +45,7 @@ def main() -> int:
         config = load(args.config, args.overrides)
         peers.silent = config.watch.silent_seconds
         require_agreement(peers, {"config": settings(config), "code": code()})
-        status = train(config, parallel.split_world(world, config.train.tensor_parallel))
+        status = run(PreTraining(config, parallel.split_world(world, config.train.tensor_parallel)))
     except (Exception, KeyboardInterrupt) as error:
         status = peers.fail(*told(error), lost=from_another_rank(error))
     parallel.stop()

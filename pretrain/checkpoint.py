@@ -2,6 +2,7 @@
 
     checkpoints/
         step_00001000/      shard_*.safetensors a rank, state.json, config.yaml
+        best                the name of the one that an evaluation liked most, where there are evaluations
         latest              the name of the newest complete one, moved last
 
 A checkpoint is written beside, as `.partial-*`, made durable, renamed, and only then pointed to. What the shards hold,
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,16 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
+from torch import Tensor
 
 from pretrain import pieces
-from pretrain.config import Config, RunConfig
+from pretrain.config import RunConfig, Settings
 from pretrain.ema import ShardedTeacher
 from pretrain.files import flush, write_atomically
 from pretrain.parallel import World
 from pretrain.settings import flat, to_yaml
 
+LATEST, BEST = "latest", "best"
 PARTIAL = ".partial-"
 REPLACED = ".replaced-"  # a checkpoint whose step is saved again, until the new one is there
 PACKING = "train.micro_batch"  # of samples that differ in length it decides which of them meet
@@ -44,6 +47,7 @@ FREE = (
     PACKING,
     "train.deepspeed",
     "train.tensor_parallel",
+    "train.init_from",
 )
 DAMAGED = (OSError, RuntimeError, KeyError, ValueError, EOFError, AssertionError, SafetensorError)
 
@@ -61,17 +65,20 @@ class RunState:
     read: int = 0  # samples that this rank has been through
     failures: int = 0  # of them, those whose file could not be decoded
     samples: int = 0  # in the data set; another number would be another stream
+    best: float | None = None  # of the evaluations so far, where one can be better than another
 
 
 def save(
     folder: Path,
     engine: deepspeed.DeepSpeedEngine,
-    teacher: ShardedTeacher,
+    teacher: ShardedTeacher | None,
     state: RunState,
-    config: Config,
+    config: Settings,
     world: World,
+    best: bool = False,
 ) -> Path:
-    """Writes the checkpoint of `state.step` and moves the pointer to it. Collective: every rank calls it."""
+    """Writes the checkpoint of `state.step` and moves the pointer to it; that to the `best`, too, which stays.
+    Collective: every rank calls it."""
     name = f"step_{state.step:08d}"
     read, failures = world.sum(torch.tensor([state.read, state.failures], device=world.device)).tolist()
     partial, final = folder / (PARTIAL + name), folder / name
@@ -81,7 +88,7 @@ def save(
         partial.mkdir(parents=True)
 
     def write_shard() -> None:
-        owned = [*pieces.optimizer_pieces(engine), *teacher.pieces]
+        owned = [*pieces.optimizer_pieces(engine), *(teacher.pieces if teacher else [])]
         if not engine.zero_optimization():  # all data-parallel peers hold the same: each writes its share
             owned = [piece.share(world.data_rank, world.data_ranks) for piece in owned]
         if world.tensor_rank:  # what is whole on tensor-parallel peers, the first of them writes
@@ -110,7 +117,9 @@ def save(
             final.rename(folder / (REPLACED + name))
         partial.rename(final)
         flush(folder)
-        write_atomically(folder / "latest", name + "\n")
+        if best:
+            write_atomically(folder / BEST, name + "\n")
+        write_atomically(folder / LATEST, name + "\n")
         prune(folder, name, config.run)
 
     try:
@@ -134,10 +143,11 @@ def _together(work: Callable[[], None] | None, path: Path, world: World) -> None
     raise_everywhere(problem, world)
 
 
-def latest(folder: Path) -> Path | None:
-    """The newest complete checkpoint, or None if there is none yet. CheckpointError if the pointer leads nowhere."""
+def latest(folder: Path, pointer: str = LATEST) -> Path | None:
+    """The checkpoint that a pointer names, the newest, or None if there is none yet. CheckpointError if it leads
+    nowhere."""
     try:
-        name = (folder / "latest").read_text().strip()
+        name = (folder / pointer).read_text().strip()
     except FileNotFoundError:
         return None
     newest = folder / name
@@ -145,11 +155,11 @@ def latest(folder: Path) -> Path | None:
         newest = folder / (REPLACED + name)
     if not (newest / "state.json").is_file():
         there = ", ".join(path.name for path in sorted(folder.glob("step_*"))) or "none"
-        raise CheckpointError(f"{folder / 'latest'} names {newest.name}, which is not there; these are: {there}")
+        raise CheckpointError(f"{folder / pointer} names {newest.name}, which is not there; these are: {there}")
     return newest
 
 
-def load(path: Path, engine: deepspeed.DeepSpeedEngine, teacher: ShardedTeacher, world: World) -> RunState:
+def load(path: Path, engine: deepspeed.DeepSpeedEngine, teacher: ShardedTeacher | None, world: World) -> RunState:
     """Restores everything, whatever the ranks, the ZeRO stage and the tensor parallelism it was written with.
 
     Raises CheckpointError, on all ranks, if it does not fit, is damaged or of an older format.
@@ -162,7 +172,7 @@ def load(path: Path, engine: deepspeed.DeepSpeedEngine, teacher: ShardedTeacher,
     try:
         layout = (world.size, world.tensor_ranks, engine.zero_optimization_stage())
         alike = (meta["ranks"], meta["tensor_parallel"], meta["zero_stage"]) == layout
-        wanted = [*pieces.optimizer_pieces(engine), *teacher.pieces]
+        wanted = [*pieces.optimizer_pieces(engine), *(teacher.pieces if teacher else [])]
         every = own = [pieces.file(path, rank) for rank in range(meta["ranks"])]
         if alike and engine.zero_optimization():
             own = [pieces.file(path, rank) for rank in {world.rank, world.rank - world.tensor_rank}]
@@ -180,9 +190,23 @@ def load(path: Path, engine: deepspeed.DeepSpeedEngine, teacher: ShardedTeacher,
         )
     raise_everywhere(problem, world)
     pieces.publish_masters(engine)
-    teacher.publish()
+    if teacher:
+        teacher.publish()
     read, failures = (meta["read"], meta["failures"]) if world.data_rank == 0 else (0, 0)
-    return RunState(meta["step"], meta["batches"], read, failures, meta["samples"])
+    return RunState(meta["step"], meta["batches"], read, failures, meta["samples"], meta.get("best"))
+
+
+def start_from(
+    engine: deepspeed.DeepSpeedEngine, teacher: ShardedTeacher | None, tensors: Mapping[str, Tensor]
+) -> None:
+    """Weights of whole tensors, by the names of the engine's module; in fp32, whatever the forward pass reads. The rest
+    of the state is a new run's. Collective."""
+    pieces.fill(pieces.master_pieces(engine), {f"{pieces.MASTER}/{name}": tensor for name, tensor in tensors.items()})
+    pieces.publish_masters(engine)
+    if teacher:
+        own = {n.removeprefix("teacher."): t for n, t in tensors.items() if n.startswith("teacher.")}
+        pieces.fill(teacher.pieces, {f"{pieces.TEACHER}/{name}": tensor for name, tensor in own.items()})
+        teacher.publish()
 
 
 def raise_everywhere(problem: str, world: World) -> None:
@@ -204,18 +228,20 @@ def prune(folder: Path, newest: str, run: RunConfig) -> None:
     `newest`: the future of a run that went on from an earlier step."""
     for rubbish in (*folder.glob(PARTIAL + "*"), *folder.glob(REPLACED + "*")):
         shutil.rmtree(rubbish, ignore_errors=True)
-    for pointer in folder.glob(".latest.*"):
-        pointer.unlink(missing_ok=True)
+    for pointer in (LATEST, BEST):
+        for beside in folder.glob(f".{pointer}.*"):
+            beside.unlink(missing_ok=True)
     saved = sorted(folder.glob("step_*"))
     past = [path for path in saved if path.name <= newest]
     every = [p for p in past if run.keep_every and int(p.name.removeprefix("step_")) % run.keep_every == 0]
-    for path in set(saved) - set(past[-run.keep_last :]) - set(every):
+    best = [path for path in past if (folder / BEST).is_file() and path.name == (folder / BEST).read_text().strip()]
+    for path in set(saved) - set(past[-run.keep_last :]) - set(every) - set(best):
         # Renamed first, so that a kill in between leaves rubbish, not a checkpoint that looks whole.
         rubbish = path.rename(folder / (PARTIAL + path.name))
         shutil.rmtree(rubbish, ignore_errors=True)
 
 
-def differences(old: Config, new: Config) -> list[str]:
+def differences(old: Settings, new: Settings) -> list[str]:
     """Settings of the two that differ, as "key: old -> new"; where a run lives and how often it speaks aside."""
     before, after = flat(old), flat(new)
     free = FREE if new.model.sample_size == 1 else tuple(k for k in FREE if k != PACKING)

@@ -79,7 +79,7 @@ class TrainConfig:
     share); accumulation follows. Both count images, or blocks of text; for speech they bound the waveform samples of
     all clips together, and `micro_batch`, which decides which clips meet, has to be given. `precision`: fp32, bf16 or
     fp16. `deepspeed`: a JSON of mechanics. `tensor_parallel` ranks, neighbours, split every layer and see the same
-    batches."""
+    batches. `init_from`: a run, a checkpoint or a full form, whose weights a run without a checkpoint starts from."""
 
     steps: int = 375_300
     batch_size: int = 256
@@ -89,6 +89,7 @@ class TrainConfig:
     deepspeed: str = "ds_configs/zero1.json"
     tensor_parallel: int = 1
     threads: int | None = None
+    init_from: str = ""
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,28 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     run: RunConfig = field(default_factory=RunConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
+
+
+class Settings(typing.Protocol):
+    """What every kind of run has in its config."""
+
+    @property
+    def model(self) -> ModelConfig: ...
+
+    @property
+    def data(self) -> DataConfig: ...
+
+    @property
+    def train(self) -> TrainConfig: ...
+
+    @property
+    def optim(self) -> OptimConfig: ...
+
+    @property
+    def run(self) -> RunConfig: ...
+
+    @property
+    def watch(self) -> WatchConfig: ...
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 
 import deepspeed
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from models.data2vec import Data2Vec
-from pretrain.config import BatchPlan, Config
+from pretrain.config import BatchPlan, Settings
 from pretrain.optim import build_optimizer
 from pretrain.parallel import ParallelState, World
 from pretrain.settings import ConfigError
@@ -82,7 +81,7 @@ def read_mechanics(path: str) -> dict[str, Any]:
     return mechanics
 
 
-def engine_config(config: Config, plan: BatchPlan) -> dict[str, Any]:
+def engine_config(config: Settings, plan: BatchPlan) -> dict[str, Any]:
     """The complete DeepSpeed config: the mechanics of the JSON and the numbers of the YAML."""
     mechanics = read_mechanics(config.train.deepspeed)
     stage = mechanics.get("zero_optimization", {}).get("stage", 0)
@@ -120,15 +119,18 @@ def engine_config(config: Config, plan: BatchPlan) -> dict[str, Any]:
     return mechanics | ours
 
 
-def build_engine(model: Data2Vec, config: Config, plan: BatchPlan, world: World) -> deepspeed.DeepSpeedEngine:
-    """Puts student, decoder and frozen teacher, or this rank's slices of them, on its device under one engine."""
+def build_engine(
+    model: nn.Module, groups: list[dict[str, Any]], config: Settings, plan: BatchPlan, world: World
+) -> deepspeed.DeepSpeedEngine:
+    """Puts a model, or this rank's slices of its blocks, on its device under an engine that optimises the parameter
+    `groups`."""
     if world.tensor_group is not None:
         from models.tp_layers import split_blocks  # megatron-core takes seconds to import, and only this needs it
 
         split_blocks(model, world.tensor_group)
     engine, *_ = deepspeed.initialize(
         model=model.to(world.device),
-        optimizer=build_optimizer(model, config.optim),
+        optimizer=build_optimizer(groups, config.optim),
         config=engine_config(config, plan),
         mpu=ParallelState(world) if world.tensor_ranks > 1 else None,
         dist_init_required=False,

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from models.masks import row_keys
-from pretrain.config import Config
+from pretrain.config import Settings
 from pretrain.data.loader import Dataset
 from pretrain.data.names import digest
 from pretrain.data.sampler import permutation
@@ -23,12 +23,12 @@ from pretrain.engine import read_mechanics
 from pretrain.peers import Peers
 from pretrain.settings import flat
 
-OWN = ("data.path", "data.workers", "train.threads")  # settings that a machine may have for itself
+OWN = ("data.path", "data.workers", "train.threads", "train.init_from")  # settings that a machine may have for itself
 PACKAGES = ("torch", "deepspeed", "numpy", "safetensors")
 Facts = dict[str, str]
 
 
-def settings(config: Config) -> Facts:
+def settings(config: Settings) -> Facts:
     """The resolved config and the content of its DeepSpeed JSON, but for what may differ from machine to machine."""
     return {
         **{key: str(value) for key, value in flat(config).items() if key not in OWN},

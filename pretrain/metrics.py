@@ -7,24 +7,33 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from pretrain.config import Config
+from pretrain.config import Settings
 
 
 class Recorder:
     """Writes for the main rank; the others only `note`.
 
-    `metrics.jsonl` holds only what the run determines, so that after a kill and a resume the file is byte for byte that
-    of a run never killed. Times are in `speed.jsonl`.
+    `metrics.jsonl` and `eval.jsonl` hold only what the run determines, so that after a kill and a resume they are byte
+    for byte those of a run never killed. Times are in `speed.jsonl`.
     """
 
-    def __init__(self, folder: Path, config: Config, step: int, read: int, active: bool) -> None:
-        self.config, self.active = config, active
+    def __init__(
+        self,
+        folder: Path,
+        config: Settings,
+        step: int,
+        read: int,
+        active: bool,
+        told: Callable[[dict[str, float]], str],
+    ) -> None:
+        self.config, self.active, self._told = config, active, told
         self._log = folder / "log.txt"
         self._tty = sys.stdout.isatty()
         self._open_line = False
@@ -32,7 +41,7 @@ class Recorder:
         if not active:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self._files = {name: _reopen(folder / f"{name}.jsonl", step) for name in ("metrics", "speed")}
+        self._files = {name: _reopen(folder / f"{name}.jsonl", step) for name in ("metrics", "speed", "eval")}
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def record(self, step: int, metrics: dict[str, float], read: int) -> None:
@@ -49,13 +58,20 @@ class Recorder:
         self._write("metrics", step, metrics)
         self._write("speed", step, speed)
         left = int((steps - step) * seconds)
-        m = metrics
         self._status(
-            f"step {step}/{steps}  {left // 3600}:{left % 3600 // 60:02d}:{left % 60:02d} left  loss {m['loss']:.4f}  "
-            f"lr {m['lr']:.2e}  ema {m['ema_decay']:.6g}  dev target {m['target_deviation']:.3f} "
-            f"pred {m['prediction_deviation']:.3f}  {rate:.1f} {unit}/s  {rates['views_per_s']:.0f} views/s  "
-            f"grad {m['grad_norm']:.3g}"
+            f"step {step}/{steps}  {left // 3600}:{left % 3600 // 60:02d}:{left % 60:02d} left  "
+            f"loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  {self._told(metrics)}  {rate:.1f} {unit}/s  "
+            f"{rates['views_per_s']:.0f} views/s  grad {metrics['grad_norm']:.3g}"
         )
+
+    def evaluated(self, step: int, found: dict[str, float], seconds: float) -> None:
+        """What an evaluation of so many seconds has found, which are not counted among the steps'."""
+        if not self.active:
+            return
+        self._since = (self._since[0] + seconds, *self._since[1:])
+        self._write("eval", step, found)
+        figures = "  ".join(f"{name} {value:.4g}" for name, value in found.items())
+        self.say(f"step {step}: {figures}  ({seconds:.1f} s)")
 
     def say(self, text: str) -> None:
         """A line of its own, on screen and in the log."""

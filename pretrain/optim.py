@@ -29,9 +29,8 @@ def parameter_groups(model: Data2Vec, config: OptimConfig) -> list[dict[str, Any
     ]
 
 
-def build_optimizer(model: Data2Vec, config: OptimConfig) -> torch.optim.Optimizer:
+def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
     """AdamW, fused. Its rate is 0 until `set_hyperparameters`: some engines step once at start to allocate state."""
-    groups = parameter_groups(model, config)
     return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
 
 
@@ -51,11 +50,11 @@ def ema_decay(update: int, config: EmaConfig) -> float:
 
 
 def set_hyperparameters(optimizer: Any, lr: float, update: int, config: OptimConfig) -> None:
-    """Readies the groups for optimizer step `update`, counted from 1.
+    """Readies the groups, each with its `lr_scale` if it has one, for optimizer step `update`, counted from 1.
 
     The authors add eps to sqrt(v) *before* v's bias is corrected (docs/method.md 1.7). That is AdamW with
     eps / sqrt(1 - b2^t), so any fused AdamW computes it once eps is set anew before each step.
     """
     eps = config.eps / math.sqrt(1 - config.betas[1] ** update)
     for group in optimizer.param_groups:
-        group["lr"], group["eps"] = lr, eps
+        group["lr"], group["eps"] = lr * group.get("lr_scale", 1.0), eps

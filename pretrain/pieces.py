@@ -128,6 +128,19 @@ def optimizer_pieces(engine: deepspeed.DeepSpeedEngine) -> Iterator[Piece]:
             yield stretch.of(moments[kind], f"{kind}/{stretch.name}")
 
 
+def fill(pieces: Iterable[Piece], tensors: Mapping[str, Tensor]) -> None:
+    """Gives pieces their values out of whole tensors, by name."""
+    for piece in pieces:
+        whole = tensors[piece.name]
+        own = piece.split.take(whole) if piece.split else whole
+        piece.values.copy_(own.flatten()[piece.start : piece.start + piece.values.numel()])
+
+
+def master_pieces(engine: deepspeed.DeepSpeedEngine) -> Iterator[Piece]:
+    """Masters of what this rank owns."""
+    return (stretch.of(stretch.tensor, f"{MASTER}/{stretch.name}") for stretch in stretches(engine))
+
+
 def set_steps(engine: deepspeed.DeepSpeedEngine, steps: int) -> None:
     """How many steps Adam's moments are an average over."""
     for tensor in {id(s.tensor): s.tensor for s in stretches(engine)}.values():

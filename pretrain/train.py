@@ -1,13 +1,9 @@
-"""Builds a run and runs it: batch -> engine -> optimizer -> teacher -> metrics -> checkpoint."""
+"""Pre-training: batch -> engine -> optimizer -> teacher. The loop around a step is `pretrain.loop`."""
 
 from __future__ import annotations
 
-import filecmp
-import math
-import shutil
+from collections.abc import Generator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import IO
 
 import deepspeed
 import numpy as np
@@ -18,27 +14,15 @@ from models.config import LossConfig
 from models.data2vec import Batch, Data2Vec, Output
 from models.masks import row_keys
 from models.targets import Moments, deviation, pool
-from pretrain import checkpoint
-from pretrain.checkpoint import RunState
-from pretrain.config import BatchPlan, Config, batch_plan, load
+from pretrain.checkpoint import RunState, start_from
+from pretrain.config import BatchPlan, Config, batch_plan
 from pretrain.data.loader import Dataset, build_dataset, build_loader
-from pretrain.data.sources import DataError
 from pretrain.ema import ShardedTeacher
 from pretrain.engine import StepResult, build_engine, loss_scale, optimizer_step
-from pretrain.files import hold, write_atomically
-from pretrain.fingerprint import data, require_agreement, streams
-from pretrain.metrics import Recorder
-from pretrain.optim import ema_decay, learning_rate, set_hyperparameters
+from pretrain.full import Full, expected_shapes, refuse_differences
+from pretrain.loop import Diverged, Evaluation
+from pretrain.optim import ema_decay, learning_rate, parameter_groups, set_hyperparameters
 from pretrain.parallel import World
-from pretrain.runtime import EXIT_RESUME, StopRequest
-from pretrain.settings import ConfigError, to_yaml
-from pretrain.watchdog import Watchdog
-
-TOLERATED = 10  # undecodable files that do not stop a run whose share of them is still a small number's noise
-
-
-class Diverged(RuntimeError):
-    """Loss or gradient are no longer finite, or the targets have collapsed."""
 
 
 @dataclass
@@ -74,7 +58,7 @@ def micro_step_seed(seed: int, batch: int, micro_step: int) -> int:
 
 
 class Trainer:
-    """Model, engine, teacher and position of one run; `weights` is a state dict to start from."""
+    """Model, engine, teacher and position of one run; `weights` is a state dict of the model to start from."""
 
     def __init__(self, config: Config, world: World, weights: dict[str, Tensor] | None = None) -> None:
         self.config, self.world = config, world
@@ -83,11 +67,12 @@ class Trainer:
             torch.set_num_threads(config.train.threads)
         torch.manual_seed(config.train.seed)
         self.model = Data2Vec(config.model)
-        if weights is not None:
-            self.model.load_state_dict(weights)
-        self.engine: deepspeed.DeepSpeedEngine = build_engine(self.model, config, self.plan, world)
+        groups = parameter_groups(self.model, config.optim)
+        self.engine: deepspeed.DeepSpeedEngine = build_engine(self.model, groups, config, self.plan, world)
         self.teacher = ShardedTeacher(self.engine, self.model)
         self.state = RunState()
+        if weights is not None:
+            start_from(self.engine, self.teacher, weights)
 
     def step(self, micro_batches: list[Batch]) -> tuple[StepSums, StepResult]:
         """One optimizer step over this rank's share of a global batch, and the teacher's update after it."""
@@ -145,148 +130,47 @@ class Trainer:
         return Moments(n, mean, m2)
 
 
-def train(config: Config, world: World) -> int:
-    """Runs `config` to its end, resuming by itself; returns the exit status.
+@dataclass
+class PreTraining:
+    """What `pretrain.loop` runs. Raises ConfigError, DataError or CheckpointError, each with one clear line."""
 
-    Raises ConfigError, DataError, CheckpointError or Diverged, each with one clear line.
-    """
-    peers = world.peers
-    folder = Path(config.run.dir)
-    checkpoints = folder / "checkpoints"
-    held = claim(folder) if world.is_main else None
-    newest = checkpoint.latest(checkpoints)
-    if newest:
-        refuse_other_experiment(newest, config)
-    dataset = build_dataset(config, progress=world.is_main)
-    found = {"path": str(newest)}
-    common = {"data": data(dataset), "random numbers": streams(config.train.seed), "newest checkpoint": found}
-    require_agreement(peers, common)
-    trainer = Trainer(config, world)
-    if newest:
-        trainer.state = checkpoint.load(newest, trainer.engine, trainer.teacher, world)
-    state, steps = trainer.state, config.train.steps
-    if state.samples not in (0, len(dataset)):
-        raise ConfigError(
-            f"data.path={config.data.path} has {len(dataset)} samples, this run began with {state.samples}; give it "
-            "the same data, or another run.dir"
-        )
-    state.samples = len(dataset)
-    recorder = Recorder(folder, config, state.step, state.read, world.is_main)
-    if world.is_main:
-        write_atomically(folder / "config.yaml", to_yaml(config))
-        keep_assets(folder, dataset)
-    recorder.say(f"run folder {folder}: " + (f"resuming after step {state.step}" if newest else "starting"))
-    for note in dataset.notes:
-        recorder.say(f"data: {note}")
-    watchdog = Watchdog(config.watch, folder, peers, recorder.say)
-    stop = StopRequest(world)
-    batches = build_loader(dataset, config, trainer.plan, world, state.batches)
-    saved = state.step
-    try:
-        while state.step < steps:
-            watchdog.step(state.step + 1)
-            sums, result = trainer.step([next(batches) for _ in range(trainer.plan.accumulation)])
-            for failure in sums.failures:
-                recorder.note(f"could not decode {failure}")
-            if not result.applied and (config.train.precision != "fp16" or loss_scale(trainer.engine) <= 1):
-                raise Diverged(
-                    f"step {state.step + 1}: the gradient is not finite ({result.grad_norm}); nothing was updated."
-                )
-            stopping = stop.agreed()
-            logging = state.step % config.run.log_every == 0 or state.step == steps
-            saving = state.step > saved and (stopping or state.step % config.run.save_every == 0 or state.step == steps)
-            if result.applied and (logging or saving):
-                metrics = trainer.measure(sums, result)
-                read, failures = world.sum(torch.tensor([state.read, state.failures], device=world.device)).tolist()
-                watch(config, state.step, metrics, read, failures)  # before it is saved, or even written down
-                if logging:
-                    recorder.record(state.step, metrics, read)
-            if saving:
-                watchdog.other(f"the checkpoint after step {state.step}")
-                path = checkpoint.save(checkpoints, trainer.engine, trainer.teacher, state, config, world)
-                recorder.note(f"saved {path}")
-                saved = state.step
-            if stopping and state.step < steps:
-                name = stop.received.name if stop.received else "a signal on another rank"
-                recorder.say(
-                    f"{name}: saved after step {state.step}; the same command continues (exit status {EXIT_RESUME})"
-                )
-                return EXIT_RESUME
-        stop.settle()
-        recorder.say(f"finished {steps} steps; checkpoint {checkpoint.latest(checkpoints)}")
-        return 0
-    except Diverged as error:
-        raise Diverged(f"{error} {last_good(checkpoints)}") from None
-    finally:
-        watchdog.close()
-        if held:
-            held.close()
-        batches.close()
-        stop.close()
-        recorder.close()
+    config: Config
+    world: World
 
+    def open(self) -> Dataset:
+        return build_dataset(self.config, progress=self.world.is_main)
 
-def watch(config: Config, step: int, metrics: dict[str, float], read: int, failures: int) -> None:
-    """Stops a run that has collapsed, gone to infinity, or cannot read its data: `failures` of `read` samples."""
-    if not math.isfinite(metrics["loss"]):
-        raise Diverged(f"step {step}: the loss is {metrics['loss']}.")
-    if metrics["grad_norm"] > config.watch.max_grad_norm > 0:
-        raise Diverged(
-            f"step {step}: the gradient norm {metrics['grad_norm']:.4g} is over watch.max_grad_norm="
-            f"{config.watch.max_grad_norm}."
-        )
-    if metrics.get("loss_scale", math.inf) < config.watch.min_loss_scale:
-        raise Diverged(
-            f"step {step}: the loss scale {metrics['loss_scale']:.4g} is under watch.min_loss_scale="
-            f"{config.watch.min_loss_scale}."
-        )
-    if step > config.watch.after_steps:
+    def build(self, weights: Full | None) -> Trainer:
+        return Trainer(self.config, self.world, pretrained(weights, self.config) if weights else None)
+
+    def batches(self, dataset: Dataset, trainer: Trainer) -> Generator[Batch, None, None]:
+        return build_loader(dataset, self.config, trainer.plan, self.world, trainer.state.batches)
+
+    def evaluation(self, dataset: Dataset, trainer: Trainer) -> Evaluation | None:
+        return None
+
+    def check(self, step: int, metrics: dict[str, float]) -> None:
+        """Raises Diverged if targets or predictions have collapsed."""
+        watch = self.config.watch
+        if step <= watch.after_steps:
+            return
         for key, least in (
-            ("target_deviation", config.watch.min_target_deviation),
-            ("prediction_deviation", config.watch.min_prediction_deviation),
+            ("target_deviation", watch.min_target_deviation),
+            ("prediction_deviation", watch.min_prediction_deviation),
         ):
             if metrics[key] < least:
                 raise Diverged(f"step {step}: collapse, {key} {metrics[key]:.4g} is under watch.min_{key}={least}.")
-    share = config.data.max_failed_share
-    if failures > max(share * read, TOLERATED if share else 0):
-        raise DataError(
-            f"{failures} files of {read} read could not be decoded, more than "
-            f"data.max_failed_share={share}; their names are in the run's log.txt"
+
+    def told(self, metrics: dict[str, float]) -> str:
+        return (
+            f"ema {metrics['ema_decay']:.6g}  dev target {metrics['target_deviation']:.3f} "
+            f"pred {metrics['prediction_deviation']:.3f}"
         )
 
 
-def claim(folder: Path) -> IO[bytes]:
-    """Makes the run folder this process's own while what is returned is open. Raises ConfigError if another run has it
-    or it cannot be made."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return hold(folder / ".lock")
-    except BlockingIOError:
-        raise ConfigError(f"another run is using run.dir={folder}; end it first, or give this one its own") from None
-    except OSError as error:
-        raise ConfigError(f"run.dir={folder}: {error.strerror}") from None
-
-
-def keep_assets(folder: Path, dataset: Dataset) -> None:
-    """Copies of the files that the data mean nothing without; a run that began with others is refused."""
-    for asset in dataset.assets:
-        kept = folder / asset.name
-        if not kept.exists():
-            shutil.copyfile(asset, kept)
-        elif not filecmp.cmp(asset, kept, shallow=False):
-            raise ConfigError(f"{asset} is not the {asset.name} that this run began with; give data.path its own data")
-
-
-def last_good(checkpoints: Path) -> str:
-    newest = checkpoint.latest(checkpoints)
-    return f"The last good checkpoint is {newest}" if newest else "There is no checkpoint yet"
-
-
-def refuse_other_experiment(newest: Path, config: Config) -> None:
-    """A run folder continues the experiment that it holds, or nothing."""
-    changed = checkpoint.differences(load(newest / "config.yaml"), config)
-    if changed:
-        raise ConfigError(
-            f"{newest.parent.parent} holds a run with other settings ({'; '.join(changed[:4])}); choose "
-            "another run.dir, or delete that one"
-        )
+def pretrained(weights: Full, config: Config) -> dict[str, Tensor]:
+    """A start for the model of `config`. Raises CheckpointError if it is another's."""
+    with torch.device("meta"):
+        expected = expected_shapes(Data2Vec(config.model))
+    refuse_differences(weights.tensors, expected, f"train.init_from={config.train.init_from}")
+    return weights.tensors

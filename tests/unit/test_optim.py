@@ -73,7 +73,7 @@ def test_adam_is_the_authors(owned_eps):
     config = OptimConfig(betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
     torch.manual_seed(0)
     model = Data2Vec(SMALL).double()
-    optimizer = build_optimizer(model, config)
+    optimizer = build_optimizer(parameter_groups(model, config), config)
     assert isinstance(optimizer, torch.optim.AdamW)
     trained = [(p, g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]]
     start = [p.detach().clone() for p, _ in trained]
