@@ -35,7 +35,7 @@ from pretrain.data.sources import DataError
 from pretrain.files import write_atomically
 from pretrain.full import WHICH
 from pretrain.labelled.modality import MODALITIES
-from pretrain.labelled.samples import Labelled, Labels, Matrix, Represent, Samples
+from pretrain.labelled.samples import Labelled, Labels, Matrix, Represent, Samples, balanced_order
 from pretrain.progress import Progress
 from pretrain.saved import find
 from pretrain.settings import ConfigError
@@ -136,17 +136,6 @@ METHOD_NAMES = {"knn": "k nearest neighbours", "linear": "linear probe"}
 
 def percent(accuracy: Accuracy) -> str:
     return f"{100 * accuracy.mean:.1f}" + (f" ± {100 * accuracy.std:.1f}" if accuracy.draws > 1 else "")
-
-
-def balanced_order(labels: Labels, seed: int) -> Labels:
-    """An order whose every beginning is as class-balanced as the data allow, so that smaller subsets lie in larger."""
-    rng = np.random.default_rng(seed)
-    shuffled = rng.permutation(len(labels))
-    rank = np.empty(len(labels), np.int64)  # of each sample among those of its class
-    for label in np.unique(labels):
-        members = shuffled[labels[shuffled] == label]
-        rank[members] = np.arange(len(members))
-    return np.lexsort((rng.random(len(labels)), rank))
 
 
 def knn_accuracy(train_x: Matrix, train_y: Labels, test_x: Matrix, test_y: Labels) -> float:

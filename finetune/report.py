@@ -35,11 +35,11 @@ from finetune.panels import (
     read_metrics,
     titled,
 )
-from finetune.probe import ProbeTable, balanced_order, compare, labelled_data
+from finetune.probe import ProbeTable, compare, labelled_data
 from pretrain.checkpoint import CheckpointError
 from pretrain.data.sources import DataError
 from pretrain.labelled.modality import MODALITIES
-from pretrain.labelled.samples import NoProbe
+from pretrain.labelled.samples import NoProbe, balanced_order
 from pretrain.saved import Checkpoint, find
 from pretrain.settings import ConfigError
 

@@ -5,8 +5,8 @@ Shapes: B samples, M masks a sample, N = B*M rows, T positions, K kept positions
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from models.encoder import Block, init_linear
 from models.fused.attention import Bias
 from models.image import PatchEmbedding, SinCosPositions
 from models.masks import gather_rows, scatter_rows
+from models.movable import Movable
 from models.targets import Moments, moments, normalise_layer, normalise_mean, summed_loss
 from models.text import InFeatures, TokenEmbedding
 
@@ -47,7 +48,7 @@ FRONT_ENDS = {
 
 
 @dataclass(frozen=True)
-class Batch:
+class Batch(Movable):
     """One micro-batch. Rows of the masks are sample-major: row b*M + m is mask m of sample b."""
 
     inputs: Tensor  # image: (B, C, H, W), uint8 or already normalised; audio: (B, samples); text: (B, T) ids
@@ -61,17 +62,6 @@ class Batch:
     def masked(self) -> int:
         """Hidden positions over all rows: what the loss is divided by, known without asking the device."""
         return self.ids_mask.numel()
-
-    def to(self, device: torch.device) -> Batch:
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> Batch:
-        """DataLoader calls this by name; it does not look inside dataclasses."""
-        return self._each(lambda tensor: tensor.pin_memory())
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        changed: dict[str, Any] = {k: change(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **changed)
 
 
 class Output(NamedTuple):

@@ -182,6 +182,25 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
 
 def check(config: Config) -> None:
     """Raises ConfigError naming every setting that cannot work."""
+    rules = [
+        (config.ema.anneal_steps >= 0, f"ema.anneal_steps={config.ema.anneal_steps} must be 0 or more"),
+        (0 <= config.ema.start <= 1 and 0 <= config.ema.end <= 1, "ema.start and ema.end must lie in [0, 1]"),
+    ]
+    audio = config.data.audio
+    if config.model.modality == "audio" and not problems(config.model):
+        least = int(audio.min_seconds * RATE)
+        frames = config.model.audio.frames(least - least % max(1, audio.multiple) or least)  # as PackSampler crops
+        rules.append(
+            (
+                0 < config.model.mask.hidden(frames) < frames,
+                f"data.audio.min_seconds={audio.min_seconds}: of {frames} frames none could be hidden or none be left",
+            )
+        )
+    check_settings(config, rules)
+
+
+def check_settings(config: Settings, more: typing.Sequence[tuple[bool, str]]) -> None:
+    """Raises ConfigError naming every setting of any run that cannot work, and what of `more` rules does not hold."""
     found = problems(config.model)
     optim, train, data, run = config.optim, config.train, config.data, config.run
     image, audio, watch = data.image, data.audio, config.watch
@@ -190,10 +209,8 @@ def check(config: Config) -> None:
         (all(0 <= b < 1 for b in optim.betas), f"optim.betas={optim.betas} must lie in [0, 1)"),
         (optim.eps > 0 and optim.weight_decay >= 0, "optim.eps must be positive and optim.weight_decay 0 or more"),
         (optim.warmup_steps >= 0, f"optim.warmup_steps={optim.warmup_steps} must be 0 or more"),
-        (config.ema.anneal_steps >= 0, f"ema.anneal_steps={config.ema.anneal_steps} must be 0 or more"),
         (0 <= data.max_failed_share <= 1, f"data.max_failed_share={data.max_failed_share} must lie in [0, 1]"),
         (optim.clip_norm >= 0, f"optim.clip_norm={optim.clip_norm} must be 0 (off) or positive"),
-        (0 <= config.ema.start <= 1 and 0 <= config.ema.end <= 1, "ema.start and ema.end must lie in [0, 1]"),
         (train.precision in PRECISIONS, f"train.precision={train.precision!r}: know {', '.join(PRECISIONS)}"),
         (train.steps >= 1 and train.batch_size >= 1, "train.steps and train.batch_size must be at least 1"),
         (0 <= train.seed < 2**63, f"train.seed={train.seed} must lie in [0, 2^63)"),
@@ -214,17 +231,12 @@ def check(config: Config) -> None:
         (watch.slow_seconds > 0, f"watch.slow_seconds={watch.slow_seconds} must be positive"),
         (watch.silent_seconds > 0, f"watch.silent_seconds={watch.silent_seconds} must be positive"),
         (audio.pool >= 1 and audio.multiple >= 1, "data.audio.pool and data.audio.multiple must be at least 1"),
+        *more,
     ]
     if config.model.modality == "audio" and not found:
         shortest, longest = audio.min_seconds, config.model.audio.seconds
-        least = int(shortest * RATE)
-        frames = config.model.audio.frames(least - least % audio.multiple or least)  # as PackSampler crops
         rules += [
             (shortest <= longest, f"data.audio.min_seconds={shortest} is longer than model.audio.seconds={longest}"),
-            (
-                0 < config.model.mask.hidden(frames) < frames,
-                f"data.audio.min_seconds={shortest}: of {frames} frames none could be hidden or none be left",
-            ),
             (
                 train.micro_batch is not None and train.micro_batch >= config.model.length,
                 f"train.micro_batch={train.micro_batch} must be given for speech, in waveform samples, at least "

@@ -105,6 +105,24 @@ def head_of(settings: Mapping[str, Any]) -> HeadConfig | None:
     return build(HeadConfig, settings["head"], "head.") if settings.get("head") else None
 
 
+def settings(path: str | Path) -> dict[str, Any]:
+    """The resolved config of what `read` reads, without its weights."""
+    path = Path(path).expanduser()
+    return _metadata(path)[0] if path.suffix == SUFFIX else find(path).settings
+
+
+def _metadata(path: Path) -> tuple[dict[str, Any], int]:
+    """Settings and step of a file."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        if "config" not in metadata:
+            raise CheckpointError(f"{path} is no full form: no config in its metadata; python -m convert writes one")
+        return yaml.safe_load(metadata["config"]), int(metadata.get("step", 0))
+    except (OSError, SafetensorError, ValueError, yaml.YAMLError) as error:
+        raise CheckpointError(f"cannot read {path}: {' '.join(str(error).split())[:200]}") from None
+
+
 def read(path: str | Path) -> Full:
     """The full form of a .safetensors file, of a run's newest checkpoint, or of one of its checkpoints/step_*.
 
@@ -116,22 +134,14 @@ def read(path: str | Path) -> Full:
 
 def _read_file(path: Path) -> Full:
     tensors, assets = {}, {}
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if "config" not in metadata:
-                raise CheckpointError(
-                    f"{path} is no full form: its metadata have no config; python -m convert writes one"
-                )
-            settings, step = yaml.safe_load(metadata["config"]), int(metadata.get("step", 0))
-            for name in file.keys():  # noqa: SIM118 (it is no dict)
-                if name.startswith(ASSETS):
-                    assets[name.removeprefix(ASSETS)] = file.get_tensor(name).numpy().tobytes()
-                else:
-                    tensors[name] = file.get_tensor(name)
-    except (OSError, SafetensorError, ValueError, yaml.YAMLError) as error:
-        raise CheckpointError(f"cannot read {path}: {' '.join(str(error).split())[:200]}") from None
-    return Full(tensors, settings, step, assets)
+    found, step = _metadata(path)
+    with safe_open(path, "pt") as file:
+        for name in file.keys():  # noqa: SIM118 (it is no dict)
+            if name.startswith(ASSETS):
+                assets[name.removeprefix(ASSETS)] = file.get_tensor(name).numpy().tobytes()
+            else:
+                tensors[name] = file.get_tensor(name)
+    return Full(tensors, found, step, assets)
 
 
 def _read_checkpoint(found: Checkpoint) -> Full:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import filecmp
 import math
-import shutil
 import time
 from collections.abc import Generator
 from pathlib import Path
@@ -67,6 +65,10 @@ class Job(Protocol):
     world: World
 
     @property
+    def views(self) -> int:
+        """How many views of a sample a step learns from."""
+
+    @property
     def config(self) -> Settings: ...
 
     def open(self) -> Dataset: ...
@@ -79,11 +81,14 @@ class Job(Protocol):
 
     def evaluation(self, dataset: Any, trainer: Any) -> Evaluation | None: ...
 
+    def assets(self, dataset: Any) -> dict[str, bytes]:
+        """Files, by name, that the weights mean nothing without; the run folder keeps them."""
+
     def check(self, step: int, metrics: dict[str, float]) -> None:
         """Raises Diverged, in one line, if training is not to go on."""
 
     def told(self, metrics: dict[str, float]) -> str:
-        """What of the metrics belongs on the screen, beside loss, rate and norm."""
+        """What of the metrics belongs on the screen, beside loss, rate and norm; two spaces behind each."""
 
 
 def run(job: Job) -> int:
@@ -114,10 +119,10 @@ def run(job: Job) -> int:
             "the same data, or another run.dir"
         )
     state.samples = len(dataset)
-    recorder = Recorder(folder, config, state.step, state.read, world.is_main, job.told)
+    recorder = Recorder(folder, config, state.step, state.read, world.is_main, job.told, job.views)
     if world.is_main:
         write_atomically(folder / "config.yaml", to_yaml(config))
-        keep_assets(folder, dataset)
+        keep_assets(folder, job.assets(dataset))
     recorder.say(f"run folder {folder}: " + (f"resuming after step {state.step}" if newest else "starting"))
     if start:
         recorder.say(f"weights: {config.train.init_from}, step {start.step}")
@@ -224,14 +229,14 @@ def claim(folder: Path) -> IO[bytes]:
         raise ConfigError(f"run.dir={folder}: {error.strerror}") from None
 
 
-def keep_assets(folder: Path, dataset: Dataset) -> None:
-    """Copies of the files that the data mean nothing without; a run that began with others is refused."""
-    for asset in dataset.assets:
-        kept = folder / asset.name
+def keep_assets(folder: Path, assets: dict[str, bytes]) -> None:
+    """Keeps the files that the weights mean nothing without; a run that began with others is refused."""
+    for name, content in assets.items():
+        kept = folder / name
         if not kept.exists():
-            shutil.copyfile(asset, kept)
-        elif not filecmp.cmp(asset, kept, shallow=False):
-            raise ConfigError(f"{asset} is not the {asset.name} that this run began with; give data.path its own data")
+            write_atomically(kept, content)
+        elif kept.read_bytes() != content:
+            raise ConfigError(f"{name} is not the one that {folder} began with; give data.path its own data")
 
 
 def last_good(checkpoints: Path) -> str:

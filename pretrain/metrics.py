@@ -32,8 +32,9 @@ class Recorder:
         read: int,
         active: bool,
         told: Callable[[dict[str, float]], str],
+        views: int,
     ) -> None:
-        self.config, self.active, self._told = config, active, told
+        self.config, self.active, self._told, self._views = config, active, told, views
         self._log = folder / "log.txt"
         self._tty = sys.stdout.isatty()
         self._open_line = False
@@ -53,15 +54,17 @@ class Recorder:
         rate = (read - self._since[2]) / (now - self._since[0])
         self._since = (now, step, read)
         unit, steps = self.config.model.unit, self.config.train.steps
-        rates = {f"{unit}_per_s": rate, "views_per_s": rate * self.config.model.num_masks}
+        rates = {f"{unit}_per_s": rate} | ({"views_per_s": rate * self._views} if self._views > 1 else {})
         speed = {"seconds_per_step": seconds} | rates
         self._write("metrics", step, metrics)
         self._write("speed", step, speed)
         left = int((steps - step) * seconds)
         self._status(
             f"step {step}/{steps}  {left // 3600}:{left % 3600 // 60:02d}:{left % 60:02d} left  "
-            f"loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  {self._told(metrics)}  {rate:.1f} {unit}/s  "
-            f"{rates['views_per_s']:.0f} views/s  grad {metrics['grad_norm']:.3g}"
+            f"loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  {self._told(metrics)}"
+            f"{rate:.1f} {unit}/s  "
+            + (f"{rates['views_per_s']:.0f} views/s  " if self._views > 1 else "")
+            + f"grad {metrics['grad_norm']:.3g}"
         )
 
     def evaluated(self, step: int, found: dict[str, float], seconds: float) -> None:

@@ -137,6 +137,10 @@ class PreTraining:
     config: Config
     world: World
 
+    @property
+    def views(self) -> int:
+        return self.config.model.num_masks
+
     def open(self) -> Dataset:
         return build_dataset(self.config, progress=self.world.is_main)
 
@@ -148,6 +152,9 @@ class PreTraining:
 
     def evaluation(self, dataset: Dataset, trainer: Trainer) -> Evaluation | None:
         return None
+
+    def assets(self, dataset: Dataset) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in dataset.assets}
 
     def check(self, step: int, metrics: dict[str, float]) -> None:
         """Raises Diverged if targets or predictions have collapsed."""
@@ -164,7 +171,7 @@ class PreTraining:
     def told(self, metrics: dict[str, float]) -> str:
         return (
             f"ema {metrics['ema_decay']:.6g}  dev target {metrics['target_deviation']:.3f} "
-            f"pred {metrics['prediction_deviation']:.3f}"
+            f"pred {metrics['prediction_deviation']:.3f}  "
         )
 
 

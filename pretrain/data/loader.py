@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch.utils.data import DataLoader
@@ -102,25 +102,36 @@ def build_sampler(dataset: Dataset, config: Config, plan: BatchPlan, rank: int, 
 def build_loader(
     dataset: Dataset, config: Config, plan: BatchPlan, world: World, first_batch: int
 ) -> Generator[Batch, None, None]:
-    """Micro-batches of this rank from global batch `first_batch` on, on the host (pinned if there is a GPU).
+    """Micro-batches of this rank from global batch `first_batch` on; see `load_batches`."""
+    sampler = build_sampler(dataset, config, plan, world.data_rank, first_batch)
+    return load_batches(dataset, sampler, Collate(config.model, config.train.seed), config.data.workers, world)
+
+
+B = TypeVar("B")
+
+
+def load_batches(
+    dataset: Any, keys: Any, collate: Callable[[Sequence[Any]], B], workers: int, world: World
+) -> Generator[B, None, None]:
+    """What `collate` makes of the samples of each list of `keys`, on the host (pinned if there is a GPU).
 
     Iterating raises DataError, in one line, for data that cannot be read. Close it to end its workers.
     """
-    loader: DataLoader[Batch] = DataLoader(
-        dataset,  # type: ignore[arg-type]
-        batch_sampler=build_sampler(dataset, config, plan, world.data_rank, first_batch),
-        collate_fn=Collate(config.model, config.train.seed),
-        num_workers=config.data.workers,
+    loader: DataLoader[B] = DataLoader(
+        dataset,
+        batch_sampler=keys,
+        collate_fn=collate,
+        num_workers=workers,
         pin_memory=world.device.type == "cuda",
         worker_init_fn=_prepare_worker,
     )
-    batches: Iterator[Batch] = iter(loader)
+    batches: Iterator[B] = iter(loader)
     try:
         yield from batches
     except DataError as error:
         raise in_one_line(error) from None
     finally:
-        if config.data.workers:  # which ignore the SIGTERM that would end them at the interpreter's exit
+        if workers:  # which ignore the SIGTERM that would end them at the interpreter's exit
             batches._shutdown_workers()  # type: ignore[attr-defined]
 
 

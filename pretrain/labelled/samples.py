@@ -127,6 +127,17 @@ def renumbered(labels: Labels, classes: Sequence[str], as_in: Sequence[str]) -> 
     return number[labels]
 
 
+def balanced_order(labels: Labels, seed: int) -> Labels:
+    """An order whose every beginning is as class-balanced as the data allow, so that smaller subsets lie in larger."""
+    rng = np.random.default_rng(seed)
+    shuffled = rng.permutation(len(labels))
+    rank = np.empty(len(labels), np.int64)  # of each sample among those of its class
+    for label in np.unique(labels):
+        members = shuffled[labels[shuffled] == label]
+        rank[members] = np.arange(len(members))
+    return np.lexsort((rng.random(len(labels)), rank))
+
+
 def pad(samples: Sequence[Sample], config: ModelConfig, value: float = 0) -> Inputs:
     """1-D samples stacked, `value` behind the shorter ones; lengths in positions."""
     each = [sample.inputs for sample in samples]

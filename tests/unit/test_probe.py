@@ -20,7 +20,6 @@ from finetune.probe import (
     PRETRAINED,
     UNTRAINED,
     ProbeTable,
-    balanced_order,
     knn_accuracy,
     labelled_data,
     linear_accuracy,
@@ -33,7 +32,7 @@ from pretrain.checkpoint import CheckpointError
 from pretrain.config import Config, load
 from pretrain.data.sources import open_images
 from pretrain.labelled.image import PIXELS, centre_crops
-from pretrain.labelled.samples import NoProbe
+from pretrain.labelled.samples import NoProbe, balanced_order
 from pretrain.saved import find
 from pretrain.settings import ConfigError, to_yaml
 

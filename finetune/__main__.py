@@ -1,0 +1,23 @@
+"""python -m finetune CONFIG.yaml [section.key=value ...] [--dry-run]"""
+
+from __future__ import annotations
+
+import sys
+
+from finetune.config import Config, load
+from finetune.image import ImageTask
+from finetune.plan import describe
+from finetune.task import Task
+from finetune.train import FineTuning
+from pretrain.parallel import World
+from pretrain.program import main
+
+KINDS: dict[str, type[Task]] = {"image": ImageTask}
+
+
+def start(config: Config, world: World) -> FineTuning:
+    return FineTuning(KINDS[config.task](config, progress=world.is_main), world)
+
+
+if __name__ == "__main__":
+    sys.exit(main("finetune", "Fine-tune an encoder under DeepSpeed.", load, start, describe))

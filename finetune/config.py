@@ -1,0 +1,118 @@
+"""The configuration of a fine-tuning run: the sections of pre-training's, a head, an evaluation, and the task's own."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from models.config import HeadConfig, ModelConfig
+from pretrain import full
+from pretrain.config import (
+    DataConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+    WatchConfig,
+    check_settings,
+)
+from pretrain.settings import ConfigError, build, merge, read_tree
+
+
+@dataclass(frozen=True)
+class LabelledDataConfig(DataConfig):
+    """Training learns from `split`. Of it, `labels` samples, evenly over classes, or `minutes` of speech, drawn by
+    `train.seed` (None: all)."""
+
+    labels: int | None = None
+    minutes: float | None = None
+
+
+@dataclass(frozen=True)
+class FineTuningOptimConfig(OptimConfig):
+    """`schedule`: cosine, linear (both to 0) or tri_stage (`hold` of the steps at the peak, then exponentially to
+    `final_scale` of it). `layer_decay`: the rate of block i of n, counted from 1, is multiplied by it n + 1 - i times.
+    Only the head learns before step `freeze_steps`; never does what comes before the blocks with `freeze_local`."""
+
+    schedule: str = "cosine"
+    hold: float = 0.4
+    final_scale: float = 0.05
+    layer_decay: float = 1.0
+    freeze_steps: int = 0
+    freeze_local: bool = False
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Every `every` steps (0: none) and after the last one, the network is evaluated on `splits`, `batch_size` samples
+    at a time over all ranks; the first of them says which checkpoint is the best."""
+
+    every: int = 0
+    splits: tuple[str, ...] = ("test",)
+    batch_size: int = 256
+
+
+@dataclass(frozen=True)
+class Config:
+    """`model` is that of `train.init_from`, where it is given, but for what the YAML says otherwise. `which` of its
+    encoders the weights come from: student or teacher."""
+
+    task: str = "image"
+    which: str = "student"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    data: LabelledDataConfig = field(default_factory=LabelledDataConfig)
+    optim: FineTuningOptimConfig = field(default_factory=FineTuningOptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
+
+
+TASKS = {"image": "image", "speech": "audio", "text": "text"}  # and their modalities
+SCHEDULES = ("cosine", "linear", "tri_stage")
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The config of a YAML file with `a.b=c` overrides, over the model of what it is to start from.
+
+    Raises ConfigError or CheckpointError, always one line.
+    """
+    tree = read_tree(path, overrides)
+    start = tree.get("train", {}).get("init_from") if isinstance(tree.get("train"), dict) else None
+    if start:
+        tree["model"] = merge(full.settings(start)["model"], tree.get("model") or {})
+    config = build(Config, tree, source=str(path))
+    if not config.run.dir:
+        config = replace(config, run=replace(config.run, dir=f"runs/{Path(path).stem}"))
+    check(config)
+    return config
+
+
+def check(config: Config) -> None:
+    """Raises ConfigError naming every setting that cannot work."""
+    if config.task not in TASKS:
+        raise ConfigError(f"task={config.task!r}: know {', '.join(TASKS)}")
+    data, optim, evaluation = config.data, config.optim, config.eval
+    check_settings(
+        typing.cast(typing.Any, config),
+        [
+            (
+                config.model.modality == TASKS[config.task],
+                f"task={config.task} needs model.modality={TASKS[config.task]}, not {config.model.modality}",
+            ),
+            (config.which in full.WHICH, f"which={config.which!r}: know {', '.join(full.WHICH)}"),
+            (data.labels is None or data.labels >= 1, f"data.labels={data.labels} must be at least 1, or null"),
+            (data.minutes is None or data.minutes > 0, f"data.minutes={data.minutes} must be positive, or null"),
+            (optim.schedule in SCHEDULES, f"optim.schedule={optim.schedule!r}: know {', '.join(SCHEDULES)}"),
+            (0 <= optim.hold <= 1, f"optim.hold={optim.hold} must lie in [0, 1]"),
+            (0 <= optim.final_scale <= 1, f"optim.final_scale={optim.final_scale} must lie in [0, 1]"),
+            (0 < optim.layer_decay <= 1, f"optim.layer_decay={optim.layer_decay} must lie in (0, 1]"),
+            (optim.freeze_steps >= 0, f"optim.freeze_steps={optim.freeze_steps} must be 0 or more"),
+            (0 <= config.head.dropout < 1, f"head.dropout={config.head.dropout} must lie in [0, 1)"),
+            (evaluation.every >= 0, f"eval.every={evaluation.every} must be 0 or more"),
+            (evaluation.batch_size >= 1, f"eval.batch_size={evaluation.batch_size} must be at least 1"),
+            (len(evaluation.splits) > 0, "eval.splits must name a split"),
+        ],
+    )

@@ -1,0 +1,68 @@
+"""Evaluations during and after fine-tuning, shared among the ranks."""
+
+from __future__ import annotations
+
+import itertools
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from finetune.config import EvalConfig
+from finetune.task import Split, Task
+from pretrain.data.loader import load_batches
+from pretrain.labelled.samples import like_sized
+from pretrain.parallel import World
+from pretrain.progress import Progress
+
+
+class Evaluations:
+    """What `pretrain.loop` asks for: figures of every split, named SPLIT/FIGURE, the same on all ranks."""
+
+    def __init__(self, task: Task, engine: Any, world: World, steps: int) -> None:
+        self.task, self.engine, self.world, self.steps = task, engine, world, steps
+        self.config: EvalConfig = task.config.eval
+
+    def due(self, step: int) -> bool:
+        return step == self.steps or (self.config.every > 0 and step % self.config.every == 0)
+
+    def __call__(self, step: int) -> dict[str, float]:
+        self.engine.eval()
+        found: dict[str, float] = {}
+        for name, split in self.task.evaluated.items():
+            figures = self.task.score(name, self.predictions(name, split))
+            found |= {f"{name}/{figure}": value for figure, value in figures.items()}
+        self.engine.train()
+        return found
+
+    def score(self, found: dict[str, float]) -> float:
+        first = self.config.splits[0]
+        own = {name.removeprefix(f"{first}/"): v for name, v in found.items() if name.startswith(f"{first}/")}
+        return self.task.best(own)
+
+    @torch.no_grad()
+    def predictions(self, name: str, split: Split) -> list[Any]:
+        """For every sample of a split, in its order; on all ranks."""
+        task, world = self.task, self.world
+        size = max(1, self.config.batch_size // world.data_ranks)
+        batches = [batch.tolist() for batch in like_sized(task.sizes(split.dataset), size, task.largest)]
+        own = batches[world.data_rank :: world.data_ranks]
+        # Where ranks gather each other's weights, all take part in as many forward passes.
+        rounds = -(-len(batches) // world.data_ranks)
+        padded = own + batches[:1] * (rounds - len(own))
+        collate, workers = partial(task.collate, split.references), task.config.data.workers
+        keys = [[(0, index) for index in batch] for batch in padded]
+        found: dict[int, Any] = {}
+        with Progress(f"evaluation on {name}" if world.is_main else "", len(split.dataset)) as told:
+            for batch, examples in zip(padded, load_batches(split.dataset, keys, collate, workers, world), strict=True):
+                there = examples.to(world.device)
+                outputs = self.engine(there.inputs, there.lengths, **task.arguments(there))
+                found |= zip(batch, task.predict(outputs, there), strict=True)
+                told.advance(len(batch) * world.data_ranks)
+        every = [found]
+        if world.size > 1:
+            every = [{}] * world.size
+            dist.all_gather_object(every, found)
+        whole = dict(itertools.chain.from_iterable(part.items() for part in every))
+        return [whole[index] for index in range(len(split.dataset))]

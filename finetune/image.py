@@ -1,0 +1,80 @@
+"""Image classification."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from finetune.config import Config
+from finetune.task import Examples, Some, Split, Task
+from pretrain.data.fetch import resolve
+from pretrain.data.image import ImageDataset
+from pretrain.data.sources import DataError, ImageSource, Sample, open_images
+from pretrain.labelled.samples import Labels, balanced_order, renumbered
+
+LEFT_OUT = -100  # the class of what takes no part in the loss
+
+
+class ImageTask(Task):
+    """Learns from random crops, is evaluated on centre crops; the best checkpoint has the most of them right."""
+
+    largest = 0
+
+    def __init__(self, config: Config, progress: bool) -> None:
+        super().__init__(config, progress)
+        path = resolve(config.data.path)
+        source = _labelled(path, config.data.split)
+        self.labels = source.classes
+        images, classes = self._open(source, train=True)
+        indices = balanced_order(classes, config.train.seed)[: config.data.labels]
+        self.train = Split(Some(images, np.sort(indices)), classes)
+        self.evaluated = {split: self._open(_labelled(path, split), train=False) for split in config.eval.splits}
+
+    def _open(self, source: ImageSource, train: bool) -> Split:
+        config = self.config
+        image, data = config.model.image, config.data
+        images = ImageDataset(
+            source,
+            size=image.size,
+            seed=config.train.seed,
+            crop_scale=data.image.crop_scale,
+            crop_ratio=data.image.crop_ratio,
+            flip=data.image.flip,
+            channels=image.channels,
+            max_pixels=data.image.max_pixels,
+            train=train,
+        )
+        assert source.labels is not None
+        return Split(images, renumbered(source.labels, source.classes, self.labels))
+
+    def collate(self, references: Labels, samples: Sequence[Sample]) -> Examples:
+        """-> (B, C, H, W) uint8 and (B,) classes; of what another image stands in for the class is LEFT_OUT."""
+        failures = tuple(failure for sample in samples for failure in sample.failures)
+        classes = [LEFT_OUT if sample.failures else int(references[sample.index]) for sample in samples]
+        inputs = torch.stack([sample.inputs for sample in samples])
+        count = sum(c != LEFT_OUT for c in classes)
+        return Examples(inputs, torch.tensor(classes), count, failures=failures)
+
+    def loss(self, outputs: Tensor, examples: Examples) -> Tensor:
+        return F.cross_entropy(outputs.float(), examples.targets, reduction="sum", ignore_index=LEFT_OUT)
+
+    def predict(self, outputs: Tensor, examples: Examples) -> list[Any]:
+        return outputs.argmax(dim=-1).tolist()
+
+    def score(self, split: str, predictions: list[Any]) -> dict[str, float]:
+        return {"accuracy": float((np.array(predictions) == self.evaluated[split].references).mean())}
+
+    def best(self, figures: dict[str, float]) -> float:
+        return figures["accuracy"]
+
+
+def _labelled(path: str, split: str) -> ImageSource:
+    source = open_images(path, split)
+    if source.labels is None:
+        raise DataError(f"the {split} images of {path} have no labels: give class folders, or idx files with labels")
+    return source

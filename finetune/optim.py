@@ -1,0 +1,44 @@
+"""Parameter groups with rates that fall towards the input, and fine-tuning's schedules."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import torch
+
+from finetune.config import FineTuningOptimConfig
+from models.heads import FineTuned
+from pretrain import optim
+
+
+def parameter_groups(model: FineTuned, config: FineTuningOptimConfig) -> list[dict[str, Any]]:
+    """A group for each rate and whether it is spared the weight decay (docs/method.md 5). With `layer_decay` d, block i
+    of n, the prenet's first, counted from 1, has the rate times d ** (n + 1 - i); all else has the full one."""
+    blocks = model.config.prenet_depth + model.config.depth
+    groups: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        scale = 1.0
+        if match := re.match(r"student\.(prenet|blocks)\.(\d+)\.", name):
+            number = int(match[2]) + 1 + (model.config.prenet_depth if match[1] == "blocks" else 0)
+            scale = config.layer_decay ** (blocks + 1 - number)
+        exempt = config.exempt_1d and parameter.ndim <= 1
+        groups.setdefault((scale, exempt), []).append(parameter)
+    return [
+        {"params": params, "weight_decay": 0.0 if exempt else config.weight_decay, "lr_scale": scale}
+        for (scale, exempt), params in sorted(groups.items(), key=lambda item: item[0], reverse=True)
+    ]
+
+
+def learning_rate(step: int, config: FineTuningOptimConfig, steps: int) -> float:
+    """The rate of update number `step`, counted from 0, on the full scale: linear warm-up from 0, and then what
+    `schedule` says."""
+    if config.schedule == "cosine" or step < config.warmup_steps:
+        return optim.learning_rate(step, config, steps)
+    left = steps - config.warmup_steps
+    if config.schedule == "linear":
+        return config.lr * (steps - step) / max(1, left)
+    hold = round(config.hold * steps)
+    decayed = min(1.0, max(0, step - config.warmup_steps - hold) / max(1, left - hold))
+    return config.lr * math.exp(math.log(config.final_scale) * decayed)

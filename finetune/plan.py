@@ -1,0 +1,33 @@
+"""What a fine-tuning run will do, without its data."""
+
+from __future__ import annotations
+
+import torch
+
+from finetune.config import Config
+from finetune.optim import parameter_groups
+from models.data2vec import Encoder
+from models.heads import FineTuned
+from pretrain.config import batch_plan
+from pretrain.engine import read_mechanics
+from pretrain.plan import samples
+
+
+def describe(config: Config, ranks: int) -> str:
+    """The text of --dry-run."""
+    plan, train, optim = batch_plan(config.train, ranks), config.train, config.optim
+    read_mechanics(train.deepspeed)
+    with torch.device("meta"):
+        encoder = sum(p.numel() for p in Encoder(config.model).parameters())
+        rates = sorted({group["lr_scale"] for group in parameter_groups(FineTuned(config.model, config.head), optim)})
+    batch, unit = samples(config.model, train.batch_size), config.model.unit
+    lines = [
+        f"parameters   {encoder / 1e6:.2f} M of the encoder, from {train.init_from or 'scratch'}",
+        f"rates        {optim.schedule}, peak {optim.lr:g}; by layer {rates[0]:.3g} to {rates[-1]:.3g} of it",
+        f"batch        {train.batch_size} = {plan.ranks} ranks x {plan.micro_batch} x {plan.accumulation} accumulated",
+        f"run          {train.steps:,} steps, {train.steps * batch:,} {unit}; evaluated on "
+        f"{', '.join(config.eval.splits)} "
+        + (f"every {config.eval.every:,} steps" if config.eval.every else "at the end"),
+        f"checkpoints  every {config.run.save_every} steps into {config.run.dir}/checkpoints/step_*",
+    ]
+    return "\n".join(lines)
