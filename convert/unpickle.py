@@ -396,10 +396,9 @@ def _content(instance: Inert) -> Any:
 
 def shown(value: Any) -> str:
     """A value in an error's line: of a name its name, of a text its beginning, of others their kind."""
-    if type(value) is tuple and value:
-        return f"({shown(value[0])}, ...)"
-    name = value.name if type(value) in (Named, Inert) else value if type(value) is str else type(value).__name__
-    return _printable(name)
+    first = value[0] if type(value) is tuple and value else value
+    name = first.name if type(first) in (Named, Inert) else first if type(first) is str else type(first).__name__
+    return _printable(name if first is value else f"({name}, ...)")
 
 
 def _printable(name: str) -> str:
