@@ -414,5 +414,5 @@ def alike(found, expected) -> int:
         assert type(found) is type(expected) and len(found) == len(expected)
         return sum(map(alike, found, expected))
     else:
-        assert type(found) is type(expected) and found == expected
+        assert type(found) is type(expected) and repr(found) == repr(expected)  # NaN too
     return 1
