@@ -400,7 +400,7 @@ def test_the_authors_own_files_are_read_as_torch_reads_them(tmp_path: Path, name
     expected = torch.load(path, weights_only=False)
     if legacy:
         torch.save(expected, path := tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    assert alike(unpickle.read(path), expected) > 1000
+    assert alike(unpickle.read(path), expected) > 900
 
 
 def alike(found, expected) -> int:
