@@ -60,8 +60,7 @@ class Full:
 
     def network(self, device: str = "cpu") -> Data2Vec | FineTuned:
         """The module whose state dict the tensors are, not filled."""
-        with torch.device(device):
-            return Data2Vec(self.model) if self.head is None else FineTuned(self.model, self.head)
+        return network_of(self.settings, device)
 
     def encoder(self, which: str = "student") -> dict[str, Tensor]:
         """A state dict of `models.data2vec.Encoder`: the student's or the teacher's, which comes with the student's
@@ -76,6 +75,13 @@ class Full:
         own = {n.removeprefix(f"{which}."): t for n, t in self.tensors.items() if n.startswith(f"{which}.")}
         shared = {n.removeprefix("student."): t for n, t in self.tensors.items() if n.startswith("student.")}
         return {name: own.get(name, tensor) for name, tensor in shared.items()}
+
+
+def network_of(settings: Mapping[str, Any], device: str = "cpu") -> Data2Vec | FineTuned:
+    """The module that the settings describe, freshly initialised."""
+    config, head = model_of(settings), head_of(settings)
+    with torch.device(device):
+        return Data2Vec(config) if head is None else FineTuned(config, head)
 
 
 def expected_shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
