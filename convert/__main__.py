@@ -1,30 +1,75 @@
-"""python -m convert CHECKPOINT_OR_RUN OUT.safetensors"""
+"""python -m convert SOURCE TARGET, or python -m convert inspect PATH (docs/checkpoints.md)"""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from importlib import import_module
+from pathlib import Path
 
+from convert import authors, check
+from convert.describe import described
 from pretrain import full
 from pretrain.checkpoint import CheckpointError
+from pretrain.full import Full
 from pretrain.runtime import EXIT_BAD_INPUT
 from pretrain.settings import ConfigError
 
+SOURCE = "a run folder, one of its checkpoints/step_*, NAME.safetensors, or NAME.pt of the authors' program"
+TARGET = "NAME.safetensors: full form; NAME.pt: the authors' form; a folder: Hugging Face's"
+
 
 def main() -> int:
-    parser = argparse.ArgumentParser("convert", description="Write a checkpoint's full weights to one file.")
-    parser.add_argument("source", help="a run folder, or one of its checkpoints/step_*")
-    parser.add_argument("target", help="the file to write, NAME.safetensors")
+    parser = argparse.ArgumentParser("convert", description="Write a checkpoint in another form, or say what one is.")
+    parser.add_argument("source", help=SOURCE + "; or the word inspect")
+    parser.add_argument("target", help=TARGET + "; after inspect, what to look at")
+    parser.add_argument(
+        authors.COPY_TEACHER,
+        action="store_true",
+        help="of a .pt file without a teacher: start one as a copy of the student",
+    )
     args = parser.parse_args()
     try:
-        found = full.read(args.source)
-        full.write(found, args.target)
+        if args.source == "inspect":
+            print(described(args.target))
+        else:
+            print(convert(args.source, args.target, args.teacher_from_student))
     except (ConfigError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
-    size = sum(tensor.numel() for tensor in found.tensors.values())
-    print(f"{args.target}: {len(found.tensors)} tensors, {size / 1e6:.1f} M fp32 weights after step {found.step}")
     return 0
+
+
+def convert(source: str, target: str, teacher_from_student: bool = False) -> str:
+    """Writes `target`, reads it again and compares features; a target that differs is deleted. Returns what to tell.
+
+    Raises ConfigError or CheckpointError, in one line.
+    """
+    path = Path(target).expanduser()
+    if path.suffix not in ("", full.SUFFIX, authors.SUFFIX):
+        raise ConfigError(f"{target}: {path.suffix} is no form; {TARGET}")
+    if path.exists():
+        raise ConfigError(f"{target} is there already; choose another name, or delete it")
+    found, notes = read(source, teacher_from_student)
+    count = sum(tensor.numel() for tensor in found.tensors.values())
+    told = f"{target}: {len(found.tensors)} tensors, {count / 1e6:.1f} M fp32 weights after step {found.step}"
+    if not path.suffix:
+        import_module("convert.huggingface").export(found, path)
+        return "\n".join([*notes, told])
+    (full if path.suffix == full.SUFFIX else authors).write(found, path)
+    try:
+        error = check.refuse_other(found, read(target)[0], target)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    return "\n".join([*notes, f"{told}; read again, its features are {error:.1e} off"])
+
+
+def read(source: str, teacher_from_student: bool = False) -> tuple[Full, list[str]]:
+    """The full form of whatever `source` is, and what to tell the user of it."""
+    if Path(source).suffix == authors.SUFFIX:
+        return authors.read(source, teacher_from_student)
+    return full.read(source), []
 
 
 if __name__ == "__main__":
