@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from safetensors import SafetensorError, safe_open
@@ -174,7 +175,7 @@ def write(full: Full, path: str | Path) -> None:
     if path.exists():
         raise ConfigError(f"{path} is there already; choose another name, or delete it")
     content = {
-        ASSETS + name: torch.frombuffer(bytearray(data), dtype=torch.uint8) for name, data in full.assets.items()
+        ASSETS + name: torch.from_numpy(np.frombuffer(data, np.uint8).copy()) for name, data in full.assets.items()
     }
     settings = yaml.safe_dump(full.settings, sort_keys=False, width=110)
     try:
