@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -284,7 +285,7 @@ def state_of(full: Full) -> dict[str, Any]:
         },
         "last_optimizer_state": None,
         "settings": full.settings,
-        "assets": {name: torch.tensor(list(data), dtype=torch.uint8) for name, data in full.assets.items()},
+        "assets": {name: torch.from_numpy(np.frombuffer(data, np.uint8).copy()) for name, data in full.assets.items()},
     }
 
 

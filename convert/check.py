@@ -16,13 +16,17 @@ BOUND = 1e-5  # on features that LayerNorm has made about 1
 def refuse_other(source: Full, target: Full, what: str) -> float:
     """The largest difference between all that the two compute. Raises CheckpointError if it is above BOUND."""
     expected, found = outputs(source), outputs(target)
-    same = expected.keys() == found.keys() and all(expected[name].shape == found[name].shape for name in expected)
-    error = max(float((expected[n] - found[n]).abs().max()) for n in expected) if same else float("nan")
+    errors = [_distance(expected[name], found[name]) for name in expected if name in found]
+    error = torch.tensor(errors if expected.keys() == found.keys() else [float("nan")]).max().item()  # NaN stays
     if not error <= BOUND:
         raise CheckpointError(
             f"{what} is another model: its features are {error:.1e} off, at most {BOUND:.0e} is allowed"
         )
     return error
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return (a - b).abs().max().item() if a.shape == b.shape else float("nan")
 
 
 def outputs(full: Full) -> dict[str, Tensor]:

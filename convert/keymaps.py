@@ -198,12 +198,12 @@ SETTINGS: tuple[Key, ...] = (
     _same("model.attention_dropout", "model.dropout.attention"),
     _same("model.post_mlp_drop", "model.dropout.mlp"),
     _same("model.layerdrop", "model.dropout.layer"),
-    _same("model.ema_decay", "ema.start"),
-    _same("model.ema_end_decay", "ema.end"),
-    _same("model.ema_anneal_end_step", "ema.anneal_steps"),
+    _same("model.ema_decay", "ema.start", optional=True),
+    _same("model.ema_end_decay", "ema.end", optional=True),
+    _same("model.ema_anneal_end_step", "ema.anneal_steps", optional=True),
     _same("model.max_update", "train.steps", optional=True),
-    _same("model.min_target_var", "watch.min_target_deviation"),
-    _same("model.min_pred_var", "watch.min_prediction_deviation"),
+    _same("model.min_target_var", "watch.min_target_deviation", optional=True),
+    _same("model.min_pred_var", "watch.min_prediction_deviation", optional=True),
     _same("model.modalities.{m}.prenet_depth", "model.prenet_depth"),
     _same("model.modalities.{m}.num_extra_tokens", "model.extra_tokens"),
     _same("model.modalities.{m}.prenet_dropout", "model.dropout.prenet"),
@@ -308,7 +308,7 @@ FIXED_IN_TRAINING: tuple[tuple[str, Any, str], ...] = (
     ("model.modalities.image.transformer_decoder", False, "image"),
 )
 
-# What the reference wants to be told beyond that; nothing here depends on it.
+# What the reference wants to be told beyond that, or where our settings are silent.
 FILLED: tuple[tuple[str, Any, str], ...] = (
     ("_name", None, ""),
     ("common.seed", 1, ""),
@@ -321,6 +321,11 @@ FILLED: tuple[tuple[str, Any, str], ...] = (
     ("model.ema_same_dtype", True, ""),
     ("model.log_norms", True, ""),
     ("model.max_update", 0, ""),
+    ("model.ema_decay", 0.999, ""),
+    ("model.ema_end_decay", 0.9999, ""),
+    ("model.ema_anneal_end_step", 0, ""),
+    ("model.min_target_var", 0.1, ""),
+    ("model.min_pred_var", 0.01, ""),
     ("model.mae_init", False, ""),
     ("model.seed", 1, ""),
     ("model.skip_ema", False, ""),
