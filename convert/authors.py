@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,20 @@ from convert import unpickle
 from convert.keymaps import (
     ALIBI,
     FINE_TUNED,
+    MISSING,
     POSITIONS,
     Unfit,
     encoder_of,
     our_settings,
     their_name,
     their_settings,
+    value_at,
 )
-from models.config import MODALITIES, HeadConfig
+from models.config import MODALITIES, HeadConfig, MaskConfig, problems
 from models.image import sincos_positions
 from pretrain.checkpoint import CheckpointError
 from pretrain.files import replacing
-from pretrain.full import LABELS, Full, expected_shapes, network_of, refuse_differences
+from pretrain.full import LABELS, Full, expected_shapes, head_of, model_of, network_of, refuse_differences
 from pretrain.settings import ConfigError, merge, to_tree
 
 SUFFIX = ".pt"
@@ -91,104 +93,124 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def open_file(path: str | Path, verify: bool = True) -> Found:
     """What a .pt file holds, its tensors still views of it. Raises CheckpointError as `read` does."""
     state = unpickle.read(path, verify)
-    weights, cfg = (state.get(key) if isinstance(state, dict) else None for key in ("model", "cfg"))
-    if not isinstance(weights, dict) or not isinstance(cfg, dict) or not isinstance(cfg.get("model"), dict):
-        raise CheckpointError(f"{path} is no checkpoint of the authors' program: it has no model, or no cfg of one")
-    weights = dict(weights)
-    averages = weights.pop(EMA, None)
-    modality, fine_tuned = _kind(cfg, weights, path)
-    if fine_tuned:
-        head, cfg = cfg["model"], cfg["model"].get(FINE_TUNED[modality].settings) or {}
     try:
-        settings = our_settings(cfg, modality, fine_tuned)
-    except Unfit as error:
-        raise CheckpointError(f"{path} cannot be had here: {error}") from None
-    prefix = FINE_TUNED[modality].prefix if fine_tuned else ""
+        return _opened(state)
+    except (Unfit, ConfigError, CheckpointError) as error:
+        told = " ".join(str(error).split())
+        raise CheckpointError(f"cannot take {path}: {told.removeprefix(': ')}") from None
+
+
+def _opened(state: Any) -> Found:
+    """Raises Unfit, ConfigError or CheckpointError, without the file's name."""
+    if not isinstance(state, dict) or not isinstance(cfg := state.get("cfg"), dict):
+        raise Unfit("it is no checkpoint of the authors' program, which has a model and its cfg")
+    weights, averages = _parameters(state.get("model"))
+    modality, head = _kind(cfg, weights)
+    kept = FINE_TUNED[modality]
+    settings = our_settings(cfg if head is None else head.get(kept.settings), modality, head is not None)
     if modality == "text":
+        prefix = "" if head is None else kept.prefix
         table = weights.get(f"{prefix}{encoder_of(modality)}.local_encoder.embed_tokens.weight")
-        if isinstance(table, Tensor) and table.dim():
-            settings["model"].setdefault("text", {})["vocabulary"] = len(table)
-    if fine_tuned:
-        settings = {"model": settings["model"], "head": _head_settings(head, weights, modality, path)}
-    if isinstance(own := state.get("settings"), dict):  # written here: it has what `cfg` cannot say
-        settings = merge(settings, own)
-    tensors = _renamed(weights, averages, settings, modality, fine_tuned, path)
-    history = state.get("optimizer_history") or [{}]
-    step = history[-1].get("num_updates", 0) if isinstance(history[-1], dict) else 0
-    assets = _assets(state, tensors, path)
-    return Found(tensors, settings, int(step), assets, averages is not None)
+        settings["model"]["text"]["vocabulary"] = _rows(table)
+    if head is not None:
+        last = weights.get(their_name("head.linear.weight", modality))
+        own = {"outputs": _rows(last), "dropout": head.get(kept.dropout) or 0.0}
+        settings = {"task": kept.ours, "model": settings["model"], "head": own}
+    if isinstance(written := state.get("settings"), dict):  # written here: it has what `cfg` cannot say
+        settings = merge(settings, written)
+    _check_sizes(settings, len(weights))
+    tensors = _renamed(weights, averages, settings)
+    return Found(tensors, settings, _steps(state), _assets(state, tensors), averages is not None)
 
 
-def _kind(cfg: Mapping[str, Any], weights: Mapping[str, Any], path: str | Path) -> tuple[str, bool]:
-    """The modality, and whether the model is fine-tuned."""
-    name = cfg["model"].get("_name")
+def _rows(tensor: Tensor | None) -> int:
+    """1 where there is none, which is told when names are compared."""
+    return len(tensor) if tensor is not None and tensor.dim() else 1
+
+
+def _parameters(model: Any) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+    """Those of the student, and of the teacher if there is one."""
+    if not isinstance(model, dict):
+        raise Unfit("it is no checkpoint of the authors' program, which has a model and its cfg")
+    averages = model.get(EMA)
+    weights = {name: value for name, value in model.items() if name != EMA}
+    for tensors in (weights, averages):
+        if tensors is None:
+            continue
+        if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
+            raise Unfit("its parameters have no names")
+        if strange := [n for n, v in tensors.items() if not isinstance(v, Tensor) or not v.is_floating_point()]:
+            raise Unfit(f"no floating-point tensors: {', '.join(strange)}")
+        for name, value in tensors.items():
+            if name.endswith(ALIBI) and value.dim() == 4:  # as older versions of the program wrote it
+                tensors[name] = value[None]
+    return weights, averages
+
+
+def _kind(cfg: Mapping[str, Any], weights: Mapping[str, Tensor]) -> tuple[str, dict[str, Any] | None]:
+    """The modality, and of a fine-tuned model its own settings."""
+    model = cfg.get("model")
+    name = model.get("_name") if isinstance(model, dict) else None
     for modality, kept in FINE_TUNED.items():
-        if name == kept.name:
-            return modality, True
+        if isinstance(model, dict) and name == kept.name:
+            own = {key: value_at(cfg, f"model.{key}") for key in kept.fixed}
+            found = [
+                f"{key} is {value!r:.40}, only {kept.fixed[key][0]!r} is known"
+                for key, value in own.items()
+                if value is not MISSING and value not in kept.fixed[key]
+            ]
+            if found:
+                raise Unfit("; ".join(found))
+            return modality, model
     if name != "data2vec_multi":
         known = ", ".join(["data2vec_multi", *(kept.name for kept in FINE_TUNED.values())])
-        raise CheckpointError(f"{path} holds a model called {name!r:.60}; know {known}")
+        raise Unfit(f"it holds a model called {name!r:.60}; know {known}")
     there = [m for m in MODALITIES if any(key.startswith(f"{encoder_of(m)}.") for key in weights)]
     if len(there) != 1:
-        raise CheckpointError(f"{path} has encoders of {', '.join(there) or 'no modality'}; it has to be one")
-    return there[0], False
+        raise Unfit(f"it has encoders of {', '.join(there) or 'no modality'}; it has to be one")
+    return there[0], None
 
 
-def _head_settings(
-    head: Mapping[str, Any], weights: Mapping[str, Any], modality: str, path: str | Path
-) -> dict[str, Any]:
-    kept = FINE_TUNED[modality]
-    problems = [
-        f"{key} is {head[key]!r:.40}, only {values[0]!r} is known"
-        for key, values in kept.fixed.items()
-        if key in head and head[key] not in values and not str(head[key]).startswith("${")
-    ]
-    if problems:
-        raise CheckpointError(f"{path} cannot be had here: {'; '.join(problems)}")
-    last = weights.get(their_name("head.linear.weight", modality))
-    outputs = len(last) if isinstance(last, Tensor) and last.dim() else 1  # a missing one is listed later
-    return {"outputs": outputs, "dropout": float(head.get(kept.dropout) or 0)}
+def _check_sizes(settings: Mapping[str, Any], count: int) -> None:
+    """Settings can ask for more layers than anyone could build; the file's `count` tensors are one's measure."""
+    config = model_of(settings)
+    head_of(settings)
+    masks = MaskConfig() if settings.get("head") else config.mask  # fine-tuning may have switched them off
+    if found := problems(replace(config, mask=masks)):
+        raise Unfit("; ".join(found))
+    layers = [config.depth, config.prenet_depth, config.decoder.layers, config.audio.position_layers]
+    if max(layers, default=0) > count:
+        raise Unfit(f"it has {count} tensors for {max(layers)} layers of one kind")
+
+
+def _steps(state: Mapping[str, Any]) -> int:
+    history = state.get("optimizer_history")
+    last = history[-1] if isinstance(history, list) and history else None
+    steps = last.get("num_updates") if isinstance(last, dict) else None
+    return steps if isinstance(steps, int) else 0
 
 
 def _renamed(
-    weights: Mapping[str, Any],
-    averages: Any,
-    settings: Mapping[str, Any],
-    modality: str,
-    fine_tuned: bool,
-    path: str | Path,
+    weights: Mapping[str, Tensor], averages: Mapping[str, Tensor] | None, settings: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """The tensors under our names. Raises CheckpointError, listing all that do not fit."""
     expected = expected_names(settings, averages is not None)
-    found: dict[str, Any] = dict(weights)
-    if averages is not None:
-        found |= {f"{EMA}.{name}": value for name, value in averages.items()}
-    if strange := [name for name, value in found.items() if not _is_weight(value)]:
-        raise CheckpointError(f"{path}: no floating-point tensors: {', '.join(map(str, strange))}")
-    for name, value in found.items():
-        if name.endswith(ALIBI) and value.dim() == 4:  # as older versions of the program wrote it
-            found[name] = value[None]
-    refuse_differences(found, {name: shape for name, (_, shape) in expected.items()}, str(path))
+    found = dict(weights) | {f"{EMA}.{name}": value for name, value in (averages or {}).items()}
+    refuse_differences(found, {name: shape for name, (_, shape) in expected.items()})
     out = {}
     for name, (ours, shape) in expected.items():
         if ours is None:
-            _check_positions(found[name], shape, f"{path}: {name}")
+            _check_positions(found[name], shape, name)
         else:
             out[ours] = found[name].flatten() if name.endswith(ALIBI) else found[name]
     return out
 
 
-def _is_weight(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
-
-
-def _check_positions(found: Tensor, shape: tuple[int, ...], where: str) -> None:
+def _check_positions(found: Tensor, shape: tuple[int, ...], name: str) -> None:
     _, positions, width = shape
     error = (found[0].float() - sincos_positions(width, round(positions**0.5))).abs().max()
     if not error <= CLOSE.get(found.dtype, 1e-6):
-        raise CheckpointError(
-            f"{where} are not the fixed sin-cos positions, but {error:.1e} off; learned ones are not known"
-        )
+        raise Unfit(f"{name} are not the fixed sin-cos positions, but {error:.1e} off; learned ones are not known")
 
 
 def expected_names(settings: Mapping[str, Any], teacher: bool = True) -> dict[str, tuple[str | None, tuple[int, ...]]]:
@@ -214,13 +236,13 @@ def expected_names(settings: Mapping[str, Any], teacher: bool = True) -> dict[st
     return out
 
 
-def _assets(state: Mapping[str, Any], tensors: Mapping[str, Tensor], path: str | Path) -> dict[str, bytes]:
+def _assets(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
     """Files that travel: ours, or the letters that the task's dictionary has."""
     out = {}
     held = state.get("assets")
     for name, content in held.items() if isinstance(held, dict) else ():
         if not isinstance(content, Tensor) or content.dtype != torch.uint8 or not ASSET.fullmatch(str(name)):
-            raise CheckpointError(f"{path}: {name!r:.60} among its assets is no file")
+            raise Unfit(f"{name!r:.60} among its assets is no file")
         out[name] = content.contiguous().numpy().tobytes()
     task = state.get("task_state")
     letters = task.get("target_dictionary") if isinstance(task, dict) else None
@@ -229,7 +251,7 @@ def _assets(state: Mapping[str, Any], tensors: Mapping[str, Tensor], path: str |
         head = tensors.get("head.linear.weight")
         if head is not None:
             if len(head) != len(names):
-                raise CheckpointError(f"{path}: its dictionary has {len(names)} symbols for {len(head)} outputs")
+                raise Unfit(f"its dictionary has {len(names)} symbols for {len(head)} outputs")
             out[LABELS] = json.dumps(names, ensure_ascii=False).encode()
     return out
 

@@ -10,7 +10,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import yaml
 from safetensors import SafetensorError, safe_open
 
 from convert import authors
@@ -115,13 +114,8 @@ def _authors(path: Path) -> Summary:
 
 def _full(path: Path) -> Summary:
     tensors, metadata, assets = _header(path)
-    if "config" not in metadata:
-        raise CheckpointError(f"{path} is no full form: its metadata have no config; python -m convert writes one")
-    try:
-        settings, step = yaml.safe_load(metadata["config"]), int(metadata.get("step", 0))
-    except (yaml.YAMLError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {' '.join(str(error).split())[:200]}") from None
-    return Summary("full (safetensors)", tensors, path.stat().st_size, settings, step, assets)
+    step = int(metadata.get("step", 0))
+    return Summary("full (safetensors)", tensors, path.stat().st_size, full.settings(path), step, assets)
 
 
 def _header(path: Path) -> tuple[dict[str, tuple[tuple[int, ...], str]], Mapping[str, str], dict[str, bytes]]:

@@ -46,10 +46,11 @@ HEAD_NAMES: tuple[tuple[str, str, str], ...] = (
 
 
 class FineTuned(NamedTuple):
-    """How a fine-tuned model is kept: its name; where the encoder's parameters and the pre-training's settings are;
-    what says the head's dropout; its task; and settings of its own that have to be one of a few values, of which the
-    first is written."""
+    """A fine-tuned model: what it is called here and there; where its encoder's parameters are, and the settings of its
+    pre-training; what says the head's dropout; its task; settings of its own that have to be one of a few values, of
+    which the first is written."""
 
+    ours: str
     name: str
     prefix: str
     settings: str
@@ -60,6 +61,7 @@ class FineTuned(NamedTuple):
 
 FINE_TUNED = {
     "image": FineTuned(
+        "image",
         "mae_image_classification",
         "model.",
         "pretrained_model_args",
@@ -68,6 +70,7 @@ FINE_TUNED = {
         {"use_fc_norm": (True,), "prediction_mode": ("MEAN_POOLING", 1)},
     ),
     "audio": FineTuned(
+        "speech",
         "wav2vec_ctc",
         "w2v_encoder.w2v_model.",
         "w2v_args",
@@ -76,6 +79,7 @@ FINE_TUNED = {
         {"normalize": (True,), "blank_weight": (0.0,)},
     ),
     "text": FineTuned(
+        "text",
         "data2vec_text_classification",
         "model.",
         "pretrained_model_args",
@@ -158,7 +162,7 @@ def _layers(spec: str) -> tuple[Any, ...]:
     layers: list[tuple[int, int, int]] = []
     for part in spec.split("+"):
         layer, _, times = part.partition("*")
-        layers += list(ast.literal_eval(layer.strip())) * int(times or 1)
+        layers += list(ast.literal_eval(layer.strip())) * min(int(times or 1), 1000)
     (channels, *others), kernels, strides = zip(*layers, strict=True)
     if set(others) - {channels}:
         raise ValueError("convolutions of different widths")
@@ -355,7 +359,7 @@ class Unfit(ValueError):
     """Settings of theirs that no settings of ours say."""
 
 
-def our_settings(cfg: Mapping[str, Any], modality: str, fine_tuned: bool = False) -> dict[str, Any]:
+def our_settings(cfg: Any, modality: str, fine_tuned: bool = False) -> dict[str, Any]:
     """Our settings, sections `model`, `ema` and `watch`, of the reference's `cfg` of a pre-training; `fine_tuned`: what
     fine-tuning has made of it.
 
@@ -365,14 +369,14 @@ def our_settings(cfg: Mapping[str, Any], modality: str, fine_tuned: bool = False
     out: dict[str, Any] = {"model": {"modality": modality}}
     for path, wanted, modalities in FIXED if fine_tuned else FIXED + FIXED_IN_TRAINING:
         path = path.replace("{m}", modality)
-        value = _get(cfg, path)
+        value = value_at(cfg, path)
         if modality in (modalities or modality).split() and value is not MISSING and value != wanted:
             problems.append(f"{path} is {value!r:.40}, only {wanted!r} is known")
     for key in SETTINGS:
         if key.modality not in ("", modality):
             continue
         paths = [path.replace("{m}", modality) for path in key.theirs]
-        values = [_get(cfg, path) for path in paths]
+        values = [value_at(cfg, path) for path in paths]
         missing = [path for path, value in zip(paths, values, strict=True) if value is MISSING]
         if missing or (key.optional and None in values):
             problems += [f"{path} is missing" for path in missing if not key.optional]
@@ -380,7 +384,7 @@ def our_settings(cfg: Mapping[str, Any], modality: str, fine_tuned: bool = False
         try:
             for path, value in zip(key.ours, key.to_ours(*values), strict=True):
                 _set(out, path, value)
-        except (ValueError, TypeError, SyntaxError):
+        except (ValueError, TypeError, AttributeError, SyntaxError, OverflowError, MemoryError):
             problems.append(f"{', '.join(paths)} cannot be read: {values!r:.80}")
     if problems:
         raise Unfit("; ".join(problems))
@@ -394,7 +398,7 @@ def their_settings(settings: Mapping[str, Any], modality: str) -> dict[str, Any]
         if modality in (modalities or modality).split():
             _set(out, path.replace("{m}", modality), value)
     for key in SETTINGS:
-        values = [_get(settings, path) for path in key.ours]
+        values = [value_at(settings, path) for path in key.ours]
         if key.modality in ("", modality) and MISSING not in values:
             for path, value in zip(key.theirs, key.to_theirs(*values), strict=True):
                 _set(out, path.replace("{m}", modality), value)
@@ -410,16 +414,17 @@ def their_settings(settings: Mapping[str, Any], modality: str) -> dict[str, Any]
 MISSING = object()
 
 
-def _get(tree: Any, path: str, default: Any = MISSING) -> Any:
-    """The value at a dotted path; "${a.b}" stands for the value there."""
+def value_at(tree: Any, path: str, default: Any = MISSING) -> Any:
+    """The value at a dotted path, a text, number or container; "${a.b}" stands for the value there."""
     value = tree
     for part in path.split("."):
         if not isinstance(value, Mapping) or part not in value:
             return default
         value = value[part]
     if isinstance(value, str) and (match := re.fullmatch(r"\$\{([\w.]+)\}", value)) and match[1] != path:
-        return _get(tree, match[1], default)
-    return MISSING if value == "???" else value
+        return value_at(tree, match[1], default)
+    known = isinstance(value, str | int | float | list | tuple | dict | None) and value != "???"
+    return value if known else MISSING
 
 
 def _set(tree: dict[str, Any], path: str, value: Any) -> None:

@@ -416,3 +416,29 @@ def alike(found, expected) -> int:
     else:
         assert type(found) is type(expected) and repr(found) == repr(expected)  # NaN too
     return 1
+
+
+def test_damage_of_any_kind_is_one_line(tmp_path: Path) -> None:
+    """Bytes of pickles changed, lost and doubled at random: each is read or refused, nothing else."""
+    random, path = np.random.default_rng(0), tmp_path / "x.pt"
+    state = {"a": torch.arange(6.0), "b": [1, (2, 3), {"x": {1}}], "n": argparse.Namespace(a=np.float64(1))}
+    torch.save(state, path)
+    with zipfile.ZipFile(path) as file:
+        good = file.read("x/data.pkl")
+    opcodes = np.frombuffer(b"(.0123)]}lstuaebRQ\x81\x85\x86\x87\x94\x93h\x8cKMN", np.uint8)
+    outcomes = collections.Counter()
+    for _ in range(1000):
+        content = bytearray(good)
+        for _ in range(random.integers(1, 5)):
+            at = random.integers(len(content))
+            if random.random() < 0.3:
+                del content[at : at + random.integers(1, 9)]
+            else:
+                content[at] = random.choice(opcodes)
+        try:
+            unpickle.read(zipped(path, bytes(content), [("0", bytes(24))]))
+            outcomes["read"] += 1
+        except CheckpointError as error:
+            assert "\n" not in str(error)
+            outcomes["refused"] += 1
+    assert outcomes["refused"] > 500 and outcomes["read"] > 20
