@@ -15,7 +15,8 @@ from pretrain.full import Full
 from pretrain.runtime import EXIT_BAD_INPUT
 from pretrain.settings import ConfigError
 
-SOURCE = "a run folder, one of its checkpoints/step_*, NAME.safetensors, or NAME.pt of the authors' program"
+SOURCE = "a run folder, one of its checkpoints/step_*, NAME.safetensors, NAME.pt of the authors', a Hugging Face folder"
+HUGGING_FACE = "convert.huggingface"  # imported where it is wanted: transformers takes seconds
 TARGET = "NAME.safetensors: full form; NAME.pt: the authors' form; a folder: Hugging Face's"
 
 
@@ -26,22 +27,32 @@ def main() -> int:
     parser.add_argument(
         authors.COPY_TEACHER,
         action="store_true",
-        help="of a .pt file without a teacher: start one as a copy of the student",
+        help="of a source without a teacher: start one as a copy of the student",
     )
+    parser.add_argument("--which", choices=full.WHICH, default="student", help="the encoder of a Hugging Face folder")
+    parser.add_argument("--everything", action="store_true", help="have a Hugging Face folder hold all parts")
     args = parser.parse_args()
     try:
         if args.source == "inspect":
             print(described(args.target))
         else:
-            print(convert(args.source, args.target, args.teacher_from_student))
+            print(convert(args.source, args.target, args.teacher_from_student, args.which, args.everything))
     except (ConfigError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     return 0
 
 
-def convert(source: str, target: str, teacher_from_student: bool = False) -> str:
+def convert(
+    source: str,
+    target: str,
+    teacher_from_student: bool = False,
+    which: str = "student",
+    everything: bool = False,
+) -> str:
     """Writes `target`, reads it again and compares features; a target that differs is deleted. Returns what to tell.
+
+    `which` encoder a Hugging Face folder gets, and whether `everything` else, too.
 
     Raises ConfigError or CheckpointError, in one line.
     """
@@ -51,17 +62,16 @@ def convert(source: str, target: str, teacher_from_student: bool = False) -> str
     if path.exists():
         raise ConfigError(f"{target} is there already; choose another name, or delete it")
     found, notes = read(source, teacher_from_student)
-    count = sum(tensor.numel() for tensor in found.tensors.values())
-    told = f"{target}: {len(found.tensors)} tensors, {count / 1e6:.1f} M fp32 weights after step {found.step}"
-    if not path.suffix:
-        import_module("convert.huggingface").export(found, path)
-        return "\n".join([*notes, told])
+    if not path.suffix:  # loaded again and compared by itself
+        return "\n".join([*notes, import_module(HUGGING_FACE).export(found, path, which, everything)])
     (full if path.suffix == full.SUFFIX else authors).write(found, path)
     try:
         error = check.refuse_other(found, read(target)[0], target)
     except BaseException:
         path.unlink(missing_ok=True)
         raise
+    count = sum(tensor.numel() for tensor in found.tensors.values())
+    told = f"{target}: {len(found.tensors)} tensors, {count / 1e6:.1f} M fp32 weights after step {found.step}"
     return "\n".join([*notes, f"{told}; read again, its features are {error:.1e} off"])
 
 
@@ -69,6 +79,8 @@ def read(source: str, teacher_from_student: bool = False) -> tuple[Full, list[st
     """The full form of whatever `source` is, and what to tell the user of it."""
     if Path(source).suffix == authors.SUFFIX:
         return authors.read(source, teacher_from_student)
+    if (Path(source) / "config.json").is_file():
+        return import_module(HUGGING_FACE).read(source, teacher_from_student), []
     return full.read(source), []
 
 

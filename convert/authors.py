@@ -68,8 +68,7 @@ def read(path: str | Path, teacher_from_student: bool = False) -> tuple[Full, li
                 f"{path} has no teacher ({EMA}); {COPY_TEACHER} lets one start as a copy of the student"
             )
         names = expected_shapes(network_of(found.settings, "meta"))
-        copies = {n: tensors[n.replace("teacher", "student", 1)] for n in names if n.startswith("teacher.")}
-        tensors = tensors | {name: tensor.clone() for name, tensor in copies.items()}
+        tensors = tensors | {n: tensors[n.replace("teacher", "student", 1)] for n in names if n.startswith("teacher.")}
         notes.append(f"{path} has no teacher: it starts as a copy of the student")
     if narrow := sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()} - {"float32"}):
         count = sum(tensor.dtype != torch.float32 for tensor in tensors.values())

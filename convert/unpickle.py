@@ -284,7 +284,7 @@ def _number(_: Machine, kind: Any, content: Any) -> int | float | bool:
 
 def _subscript(_: Machine, of: Any, by: Any) -> Named:
     """Types such as List[int]."""
-    if type(of) is not Named or not of.name.startswith("typing."):
+    if type(of) is not Named:
         raise Refusal(f"refused: a call of operator.getitem on {shown(of)}")
     return of
 

@@ -19,15 +19,15 @@ from torch import Tensor
 from convert import __main__ as program
 from convert import authors, check
 from convert.describe import described
-from convert.keymaps import Unfit, our_name, our_settings, their_name, their_settings
-from models.config import MODALITIES
+from convert.keymaps import SETTINGS, Unfit, our_name, our_settings, their_name, their_settings
+from models.config import MODALITIES, ModelConfig
 from models.image import sincos_positions
 from pretrain import full, pieces
 from pretrain.checkpoint import CheckpointError
-from pretrain.config import load
+from pretrain.config import Config, load
 from pretrain.full import Full
 from pretrain.pieces import Piece
-from pretrain.settings import ConfigError, to_tree, to_yaml
+from pretrain.settings import ConfigError, flat, to_tree, to_yaml
 
 PARITY = Path(__file__).parents[1] / "parity"
 CASES = sorted((PARITY / "golden").glob("*.json"))
@@ -133,6 +133,27 @@ def test_settings_come_back_as_the_authors_wrote_them(case: Path) -> None:
         k: v for k, v in expected.items() if k not in (spec, group)
     }
     assert eval(found.get(spec, "0")) == eval(expected.get(spec, "0"))
+
+
+def test_what_the_cases_have_at_zero_is_mapped_as_the_glossary_says() -> None:
+    cfg = authors_state("text")["cfg"]
+    cfg["model"] |= {"encoder_dropout": 0.1, "attention_dropout": 0.2, "post_mlp_drop": 0.3, "layerdrop": 0.4}
+    cfg["model"]["modalities"]["text"] |= {"prenet_dropout": 0.5, "dropout": 0.7, "mask_noise_std": 0.8}
+    cfg["model"]["modalities"]["text"]["decoder"]["input_dropout"] = 0.6
+    found = our_settings(cfg, "text")["model"]
+    assert found["mask"]["noise_std"] == 0.8
+    assert found["dropout"] == {
+        **{"residual": 0.1, "attention": 0.2, "mlp": 0.3, "layer": 0.4},
+        **{"prenet": 0.5, "decoder": 0.6, "embedding": 0.7},
+    }
+
+
+def test_every_setting_of_ours_is_one_of_the_models() -> None:
+    known = {f"model.{key}" for key in flat(ModelConfig())} | set(flat(Config()))
+    ours = [path for key in SETTINGS for path in key.ours]
+    assert set(ours) <= known
+    twice = {path for path in ours if ours.count(path) > 1}
+    assert twice == {"model.num_masks"}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda path: path.stem)

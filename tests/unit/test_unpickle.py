@@ -275,6 +275,7 @@ def test_archives_whose_headers_lie_are_refused(tmp_path: Path) -> None:
     refused(edited(fresh(), second + 8, b"\x01"), "encrypted")
     refused(edited(fresh(), second + 20, struct.pack("<2L", 1 << 31, 1 << 31)), "bytes that are not there")
     refused(edited(fresh(), second + 24, struct.pack("<L", 1 << 30)), "bytes that are not there")
+    refused(edited(fresh(), second + 20, struct.pack("<L", 8)), "bytes that are not there")
     refused(edited(fresh(), second + 42, struct.pack("<L", 0)), "own header says otherwise")
     refused(edited(fresh(), second + 42, struct.pack("<L", 0x7FFFFFFF)), "outside")
     refused(edited(fresh(), central + 20, struct.pack("<2L", 300, 300)), "overlap")
