@@ -31,8 +31,8 @@ class Summary:
     form: str
     tensors: dict[str, tuple[tuple[int, ...], str]]
     size: int
-    settings: dict[str, Any] = field(default_factory=dict)
-    step: int | None = None
+    settings: dict[str, Any]
+    step: int | None
     assets: dict[str, bytes] = field(default_factory=dict)
     layout: str = "one file, nothing is split"
 
@@ -82,11 +82,12 @@ def _inputs(model: ModelConfig) -> str:
 
 
 def _parameters(found: Summary) -> str:
+    """Those of names that are not ours, as Hugging Face's, are called `model`."""
     counts: Counter[str] = Counter()
     for name, (shape, _) in found.tensors.items():
-        counts[name.partition(".")[0]] += prod(shape)
-    known = [part for part in PARTS if part in counts] + sorted(counts.keys() - set(PARTS))
-    return ", ".join(f"{part} {counts[part]:,}" for part in known)
+        part = name.partition(".")[0]
+        counts[part if part in PARTS else "model"] += prod(shape)
+    return ", ".join(f"{part} {counts[part]:,}" for part in ("model", *PARTS) if part in counts)
 
 
 def _labels(content: bytes, path: Path) -> str:
@@ -138,6 +139,7 @@ TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64
 
 
 def _hugging_face(folder: Path) -> Summary:
+    """Of a folder that `convert` wrote, whose config.json has our settings under `data2vec2`, or of another's."""
     tensors: dict[str, tuple[tuple[int, ...], str]] = {}
     for file in sorted(folder.glob("*" + full.SUFFIX)):
         tensors |= _header(file)[0]
@@ -146,13 +148,12 @@ def _hugging_face(folder: Path) -> Summary:
     try:
         config = json.loads((folder / "config.json").read_text())
         name = ", ".join([str(config["model_type"]), *map(str, config.get("architectures") or [])])
+        ours = dict(config.get("data2vec2") or {})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / 'config.json'} is damaged: {type(error).__name__}: {error}") from None
-    sizes = [
-        f"{key} {config[key]}" for key in ("hidden_size", "num_hidden_layers", "num_attention_heads") if key in config
-    ]
-    size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
-    return Summary(f"Hugging Face folder ({'; '.join([name, *sizes])})", tensors, size, assets=assets_of(folder))
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    assets = assets_of(folder / "assets") or assets_of(folder)
+    return Summary(f"Hugging Face folder ({name})", tensors, size, ours, ours.pop("step", None), assets)
 
 
 def _run(path: Path) -> Summary:

@@ -519,9 +519,13 @@ def test_other_forms_are_told(ours: Full, tmp_path: Path) -> None:
     folder = tmp_path / "hf"
     folder.mkdir()
     (tmp_path / "a.safetensors").rename(folder / "model.safetensors")
-    (folder / "config.json").write_text('{"model_type": "data2vec2", "architectures": ["M"], "hidden_size": 32}')
+    (folder / "config.json").write_text('{"model_type": "roberta", "architectures": ["M"]}')
     told = described(folder)
-    assert "Hugging Face folder (data2vec2, M; hidden_size 32)" in told and "student " in told and "float32 (" in told
+    assert "Hugging Face folder (roberta, M)" in told and "student " in told and "step       unknown" in told
+    own = json.dumps({"model_type": "data2vec2", "data2vec2": {"model": ours.settings["model"], "step": 7}})
+    (folder / "config.json").write_text(own)
+    told = described(folder)
+    assert "pre-trained, image: 28 pixels" in told and "step       7" in told and "float32 (" in told
     (folder / "config.json").write_text("[]")
     refused(lambda: described(folder), "config.json is damaged")
     (folder / "model.safetensors").write_bytes(b"short")
