@@ -12,6 +12,7 @@ from convert.describe import described
 from pretrain import full
 from pretrain.checkpoint import CheckpointError
 from pretrain.full import Full
+from pretrain.progress import Progress
 from pretrain.runtime import EXIT_BAD_INPUT
 from pretrain.settings import ConfigError
 
@@ -61,15 +62,21 @@ def convert(
         raise ConfigError(f"{target}: {path.suffix} is no form; {TARGET}")
     if path.exists():
         raise ConfigError(f"{target} is there already; choose another name, or delete it")
-    found, notes = read(source, teacher_from_student)
-    if not path.suffix:  # loaded again and compared by itself
-        return "\n".join([*notes, import_module(HUGGING_FACE).export(found, path, which, everything)])
-    (full if path.suffix == full.SUFFIX else authors).write(found, path)
-    try:
-        error = check.refuse_other(found, read(target)[0], target)
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
+    with Progress("reading, writing, comparing", 3) as progress:
+        found, notes = read(source, teacher_from_student)
+        progress.advance(1)
+        if not path.suffix:  # loaded again and compared by itself
+            told = import_module(HUGGING_FACE).export(found, path, which, everything)
+            progress.advance(2)
+            return "\n".join([*notes, told])
+        (full if path.suffix == full.SUFFIX else authors).write(found, path)
+        progress.advance(1)
+        try:
+            error = check.refuse_other(found, read(target)[0], target)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+        progress.advance(1)
     count = sum(tensor.numel() for tensor in found.tensors.values())
     told = f"{target}: {len(found.tensors)} tensors, {count / 1e6:.1f} M fp32 weights after step {found.step}"
     return "\n".join([*notes, f"{told}; read again, its features are {error:.1e} off"])
