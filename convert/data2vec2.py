@@ -88,11 +88,12 @@ def write_processors(folder: Path, model: ModelConfig, labels: Sequence[str] | N
 
 
 def image_processor(model: ModelConfig) -> dict[str, Any]:
-    """The shorter side becomes `size`, the centre is taken, channels are normalised."""
-    image = model.image
+    """The shorter side becomes `size`, the centre is taken, channels are normalised: three of them, for all images are
+    made RGB, of which the module makes grey where the model wants it."""
+    image, each = model.image, 3 // model.image.channels
     return {
         "image_processor_type": "ViTImageProcessor",
-        "do_convert_rgb": image.channels == 3,
+        "do_convert_rgb": True,
         "do_resize": True,
         "size": {"shortest_edge": image.size},
         "resample": BICUBIC,
@@ -101,8 +102,8 @@ def image_processor(model: ModelConfig) -> dict[str, Any]:
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(image.mean),
-        "image_std": list(image.std),
+        "image_mean": list(image.mean) * each,
+        "image_std": list(image.std) * each,
     }
 
 

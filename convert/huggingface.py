@@ -30,11 +30,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from convert import data2vec2, fast_tokenizer, roberta
-from models.config import RATE, HeadConfig, ModelConfig
+from models.config import RATE, HeadConfig, ModelConfig, problems
 from models.data2vec import Data2Vec, Encoder
 from models.heads import FineTuned
 from models.masks import real_positions
 from pretrain.checkpoint import CheckpointError
+from pretrain.data.sources import DataError
 from pretrain.data.tokenizer import Tokenizer, open_tokenizer
 from pretrain.files import flush
 from pretrain.full import LABELS, TOKENIZERS, Full, head_of, model_of
@@ -101,28 +102,42 @@ def _form(model: ModelConfig) -> Any:
 def _write(full: Full, tensors: dict[str, Tensor], folder: Path) -> Tokenizer | None:
     """All files but the rest; -> the tokenizer of a model of text, if it has one."""
     model, head, labels = full.model, full.head, _labels(full)
-    config = _form(model).config(model, head) | {"dtype": "float32"}
-    if labels is not None and model.modality != "audio":
-        config["id2label"] = {str(i): label for i, label in enumerate(labels)}
-        config["label2id"] = {label: i for i, label in enumerate(labels)}
-    elif head is not None:
-        config["id2label"] = {str(i): f"LABEL_{i}" for i in range(head.outputs)}
-    config[OURS] = {"model": to_tree(model), "step": full.step} | ({} if head is None else {"head": to_tree(head)})
-    data2vec2.write_json(folder / "config.json", config)
-    save_file(_form(model).theirs(tensors, model, head), folder / WEIGHTS, {"format": "pt"})
     for name, content in full.assets.items():
         (folder / ASSETS).mkdir(exist_ok=True)
         (folder / ASSETS / name).write_bytes(content)
+    config = _form(model).config(model, head) | {"dtype": "float32"}
+    tokenizer = None
     if model.modality != "text":
         data2vec2.write_processors(folder, model, labels)
-        return None
-    files = sorted(file for pattern in TOKENIZERS for file in (folder / ASSETS).glob(pattern))
+    elif tokenizer := _tokenizer(folder / ASSETS, model):
+        fast_tokenizer.write(tokenizer, folder, model.text.tokens)
+        config |= {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
+    if head is not None:
+        names = labels or [f"LABEL_{i}" for i in range(head.outputs)]
+        config["id2label"] = {str(i): name for i, name in enumerate(names)}
+        config["label2id"] = {name: i for i, name in enumerate(names)}
+    config[OURS] = {"model": to_tree(model), "step": full.step} | ({} if head is None else {"head": to_tree(head)})
+    data2vec2.write_json(folder / "config.json", config)
+    save_file(_form(model).theirs(tensors, model, head), folder / WEIGHTS, {"format": "pt"})
+    return tokenizer
+
+
+def _tokenizer(folder: Path, model: ModelConfig) -> Tokenizer | None:
+    """The one among the files that travel. Raises CheckpointError if it is not one, or not that of the model."""
+    files = sorted(file for pattern in TOKENIZERS for file in folder.glob(pattern))
     if len(files) > 1:
         raise CheckpointError(f"several tokenizers travel with the weights: {', '.join(file.name for file in files)}")
     if not files:
         return None
-    tokenizer = open_tokenizer(files[0])
-    fast_tokenizer.write(tokenizer, folder, model.text.tokens)
+    try:
+        tokenizer = open_tokenizer(files[0])
+    except DataError as error:
+        raise CheckpointError(str(error)) from None
+    if (tokenizer.vocabulary, tokenizer.pad) != (model.text.vocabulary, model.text.pad):
+        raise CheckpointError(
+            f"{files[0].name} has {tokenizer.vocabulary:,} ids with padding {tokenizer.pad}, the model "
+            f"{model.text.vocabulary:,} with padding {model.text.pad}: it is another model's tokenizer"
+        )
     return tokenizer
 
 
@@ -156,6 +171,8 @@ def read(folder: str | Path, teacher_from_student: bool = False) -> Full:
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))[OURS]
         model, head, step = model_of(settings), head_of(settings), int(settings.pop("step"))
         assets = {path.name: path.read_bytes() for path in sorted((folder / ASSETS).glob("*"))}
+        if wrong := problems(model):
+            raise ValueError("; ".join(wrong))
         tensors = _read_tensors(folder, model, head)
         which = "student"
         rest: dict[str, Tensor] = {}
@@ -225,7 +242,7 @@ def _check(
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "TRANSFORMERS_VERBOSITY": "error",
         }
-        command = [sys.executable, "-I", str(OUTSIDER), str(folder), place]
+        command = [sys.executable, "-P", str(OUTSIDER), str(folder), place]
         ran = subprocess.run(command, capture_output=True, text=True, env=os.environ | quiet, check=False)
         if ran.returncode:
             words = ran.stderr.strip().splitlines() or [f"exit status {ran.returncode}"]

@@ -88,7 +88,8 @@ class Data2Vec2Config(PretrainedConfig):
 
 
 class PatchEmbedding(nn.Module):
-    """A convolution whose kernel and stride are the patch; fixed 2-D sin-cos positions are added."""
+    """A convolution whose kernel and stride are the patch; fixed 2-D sin-cos positions are added. Where grey images
+    are wanted, coloured ones become grey (ITU-R 601)."""
 
     def __init__(self, config: Data2Vec2Config) -> None:
         super().__init__()
@@ -97,6 +98,8 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, channels, height, width) -> (B, T, D)."""
+        if self.proj.in_channels == 1 and pixels.shape[1] == 3:
+            pixels = torch.einsum("bchw,c->bhw", pixels, pixels.new_tensor([0.299, 0.587, 0.114]))[:, None]
         x = self.proj(pixels.to(self.proj.weight.dtype))
         positions = sincos_positions(x.shape[1], x.shape[2], x.shape[3], self.grid, x.device)
         return x.flatten(2).transpose(1, 2) + positions.to(x.dtype)

@@ -1,7 +1,7 @@
 """What somebody gets of a Hugging Face folder who has transformers and not this project: a script, started by its path
 in a process of its own, which imports nothing of the project and asks no network.
 
-python -I convert/outsider.py FOLDER WORK: reads WORK/request.json ({"auto": class, "options": for its from_pretrained,
+python -P convert/outsider.py FOLDER WORK: reads WORK/request.json ({"auto": class, "options": for its from_pretrained,
 "texts": for the tokenizer if there are any}) and WORK/inputs.safetensors, the model's arguments by name; writes
 WORK/outputs.safetensors ({"output": the first output}) and WORK/answer.json.
 """
