@@ -68,9 +68,9 @@ def export(full: Full, folder: str | Path, which: str = "student", everything: b
         tokenizer = _write(full, tensors, beside)
         if everything:
             _write_rest(full, which, beside / REST)
-        for name, tensor in _read_tensors(beside, full.model, full.head).items():
-            if not torch.equal(tensor, tensors[name]):
-                raise CheckpointError(f"{folder}: {name} was written as something else")
+        back = _read_tensors(beside, full.model, full.head)
+        if lost := [name for name in tensors if name not in back or not torch.equal(back[name], tensors[name])]:
+            raise CheckpointError(f"{folder}: {', '.join(lost)} would not come back bit for bit")
         error, loaded, texts = _check(full, tensors, beside, tokenizer, folder)
     told = f"{folder}: {loaded}, {len(tensors)} tensors of the {which}; loaded by transformers, {error:.1e} off"
     return told + (f"; its tokenizer agrees on {texts} texts" if texts else "")
@@ -88,6 +88,7 @@ def _replacing(folder: Path) -> Iterator[Path]:
                 path.chmod(0o644)
             flush(path)
         os.replace(beside, folder)
+        flush(folder.parent)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"cannot write {folder}: {error}") from None
     finally:
@@ -103,6 +104,8 @@ def _write(full: Full, tensors: dict[str, Tensor], folder: Path) -> Tokenizer | 
     """All files but the rest; -> the tokenizer of a model of text, if it has one."""
     model, head, labels = full.model, full.head, _labels(full)
     for name, content in full.assets.items():
+        if Path(name).name != name:
+            raise CheckpointError(f"{name!r:.80} travels with the weights and is no name of a file")
         (folder / ASSETS).mkdir(exist_ok=True)
         (folder / ASSETS / name).write_bytes(content)
     config = _form(model).config(model, head) | {"dtype": "float32"}
@@ -180,6 +183,7 @@ def read(folder: str | Path, teacher_from_student: bool = False) -> Full:
             rest = load_file(folder / REST)
             with safe_open(folder / REST, "pt") as file:
                 settings, which = yaml.safe_load(file.metadata()["config"]), file.metadata()["which"]
+            model, head = model_of(settings), head_of(settings)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         words = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise CheckpointError(f"{folder} is no Hugging Face folder that python -m convert wrote ({words})") from None
