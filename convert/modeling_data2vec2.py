@@ -237,7 +237,7 @@ class Block(nn.Module):
 
 
 class ExtraTokens(nn.Module):
-    """Learned tokens in front of the others; the first one is trained as a class token."""
+    """Learned tokens in front of the others; the last one is trained as a class token."""
 
     def __init__(self, count: int, width: int) -> None:
         super().__init__()
@@ -252,7 +252,7 @@ class Data2Vec2PreTrainedModel(PreTrainedModel):
     config_class = Data2Vec2Config
     base_model_prefix = "encoder"
     _no_split_modules = ["Block"]  # noqa: RUF012
-    _supports_sdpa = True  # attention with a bias is computed in plain torch whatever is asked for
+    _supports_sdpa = True  # of images; speech has a bias, which is added in fp32 in plain torch
 
 
 class Data2Vec2Encoder(Data2Vec2PreTrainedModel):
@@ -269,12 +269,12 @@ class Data2Vec2Encoder(Data2Vec2PreTrainedModel):
     def encode(self, x: Tensor, bias: Tensor | None, keep: bool | None) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """(B, T, D) -> the last block's output; and, to `keep`, the first block's input with the output of each."""
         x = self.context_dropout(self.context_norm(x))
-        states = [x]
+        keep = self.config.output_hidden_states if keep is None else keep
+        states: tuple[Tensor, ...] | None = (x,) if keep else None
         for block in (*self.prenet, *self.blocks):
             x = block(x, bias)
-            states.append(x)
-        keep = self.config.output_hidden_states if keep is None else keep
-        return x, tuple(states) if keep else None
+            states = None if states is None else (*states, x)
+        return x, states
 
 
 class Data2Vec2VisionModel(Data2Vec2Encoder):
