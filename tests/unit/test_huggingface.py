@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -412,6 +413,39 @@ def test_an_export_is_checked_and_one_that_differs_is_deleted(cases, tmp_path, m
     assert [path.name for path in tmp_path.iterdir()] == ["good"]
     with pytest.raises(ConfigError, match="is there already"):
         huggingface.export(full, tmp_path / "good")
+
+
+@pytest.mark.parametrize(
+    ("strange", "off", "status", "words"),
+    [
+        ({}, 0, 0, ""),
+        ({"missing_keys": ["encoder.x"]}, 0, 0, "missing_keys: encoder.x"),
+        ({}, 1e-4, 0, "1.0e-04 off"),
+        ({}, math.nan, 0, "nan off"),
+        ({}, 0, 1, "ImportError: no such module"),
+    ],
+)
+def test_what_a_stranger_finds_is_heeded(strange, off, status, words, cases, tmp_path, monkeypatch):
+    full = cases["image_fine"].full
+    network = FineTuned(full.model, full.head).eval()
+    network.load_state_dict(full.tensors)
+
+    def run(command, **_):
+        assert Path(command[-2]).is_dir() and command[-3] == str(ROOT / "convert/outsider.py")
+        work = Path(command[-1])
+        with torch.no_grad():
+            logits = network(load_file(work / "inputs.safetensors")["pixel_values"])
+        save_file({"output": logits + off * logits.abs().max().clamp(min=1)}, work / "outputs.safetensors")
+        (work / "answer.json").write_text(json.dumps({"class": "X", "strange": strange}))
+        return subprocess.CompletedProcess(command, status, "", "Traceback\n  a line\nImportError: no such module\n")
+
+    monkeypatch.setattr(huggingface.subprocess, "run", run)
+    if not words:
+        assert ": X, " in huggingface.export(full, tmp_path / "out")
+        return
+    with pytest.raises(CheckpointError, match=words) as error:
+        huggingface.export(full, tmp_path / "out")
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
 def test_what_has_no_such_form_is_refused_in_a_line(cases, tmp_path, monkeypatch):
