@@ -1,0 +1,89 @@
+"""Many fine-tuning runs that differ in a few settings, one after the other, each in a process and a folder of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from finetune.config import Config, load
+from pretrain.checkpoint import BEST, CheckpointError, differences
+from pretrain.files import write_atomically
+from pretrain.runtime import STOP_SIGNALS
+from pretrain.settings import build
+
+Figures = dict[str, float]  # last/SPLIT/FIGURE of the last evaluation, best/SPLIT/FIGURE of the best checkpoint's
+DONE = "trial.json"  # in the folder of a trial that has come to its end
+
+
+class TrialFailed(RuntimeError):
+    """A trial ended before its end; `status` is its exit status. The same command continues it."""
+
+    def __init__(self, folder: Path, status: int) -> None:
+        super().__init__(f"the trial in {folder} ended with status {status}")
+        self.status = status
+
+
+def run_trials(
+    config: str,
+    trials: dict[str, list[str]],
+    folder: Path,
+    after: Callable[[dict[str, Figures]], None] | None = None,
+) -> dict[str, Figures]:
+    """Runs `python -m finetune config OVERRIDES` for each name -> overrides, in `folder`/name, and returns what their
+    evaluations found, by name. Finished ones are not run again; `after` is told of those so far, behind each new one.
+
+    Raises ConfigError or CheckpointError, in one line, before the first starts, and TrialFailed.
+    """
+    lines = {name: [config, *overrides, f"run.dir={folder / name}"] for name, overrides in trials.items()}
+    configs = {name: load(line[0], line[1:]) for name, line in lines.items()}
+    found = {name: figures for name in trials if (figures := finished(folder / name, configs[name])) is not None}
+    for number, (name, line) in enumerate(lines.items(), 1):
+        if name not in found:
+            print(f"trial {number} of {len(trials)}: {name}", flush=True)
+            if status := _finetune(line):
+                raise TrialFailed(folder / name, status)
+            found[name] = read_figures(folder / name)
+            record = {"figures": found[name], "settings": dataclasses.asdict(configs[name])}
+            write_atomically(folder / name / DONE, json.dumps(record, indent=1) + "\n")
+            if after:
+                after({name: found[name] for name in trials if name in found})
+    return {name: found[name] for name in trials}
+
+
+def finished(folder: Path, config: Config) -> Figures | None:
+    """What the trial in `folder` has found; None if it has not come to its end. Raises CheckpointError if it was another
+    trial."""
+    try:
+        record = json.loads((folder / DONE).read_text())
+    except FileNotFoundError:
+        return None
+    if changed := differences(build(Config, record["settings"], source=str(folder / DONE)), config):
+        raise CheckpointError(
+            f"{folder} holds a trial with other settings ({'; '.join(changed[:4])}); choose another folder, or delete it"
+        )
+    return record["figures"]
+
+
+def read_figures(run: Path) -> Figures:
+    """Of a run's eval.jsonl, the last line and that of the best checkpoint."""
+    lines: list[dict[str, Any]] = [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
+    best = int((run / "checkpoints" / BEST).read_text().strip().removeprefix("step_"))
+    chosen = {"last": lines[-1], "best": next(line for line in lines if line["step"] == best)}
+    return {f"{which}/{name}": value for which, line in chosen.items() for name, value in line.items()}
+
+
+def _finetune(arguments: list[str]) -> int:
+    """The exit status of `python -m finetune`, which is handed the signals that ask to stop."""
+    process = subprocess.Popen([sys.executable, "-m", "finetune", *arguments])
+    previous = {number: signal.signal(number, lambda n, _: process.send_signal(n)) for number in STOP_SIGNALS}
+    try:
+        return process.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
