@@ -17,7 +17,7 @@ from pretrain.config import (
     WatchConfig,
     check_settings,
 )
-from pretrain.settings import ConfigError, build, merge, read_tree
+from pretrain.settings import ConfigError, build, merge, read_tree, to_tree
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,26 @@ class FineTuningOptimConfig(OptimConfig):
 
 
 @dataclass(frozen=True)
+class ImageTaskConfig:
+    """What training images go through on the device, behind crop and flip (finetune/augment.py): RandAugment with
+    `operations` at `magnitude` (of 10) and its deviation, `erase` the probability of random erasing, `mixup` and
+    `cutmix` the parameters of their Beta distributions (0: off), `mix_prob` and `switch_prob` how often micro-batches
+    are mixed and how often by CutMix; `smoothing` of labels. Evaluations see the middle of images, `crop_share` of
+    their shorter side."""
+
+    operations: int = 0
+    magnitude: float = 9.0
+    magnitude_std: float = 0.5
+    erase: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mix_prob: float = 1.0
+    switch_prob: float = 0.5
+    smoothing: float = 0.0
+    crop_share: float = 1.0
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """Every `every` steps (0: none) and after the last one, the network is evaluated on `splits`, `batch_size` samples
     at a time over all ranks; the first of them says which checkpoint is the best."""
@@ -55,13 +75,14 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """`model` is that of `train.init_from`, where it is given, but for what the YAML says otherwise. `which` of its
-    encoders the weights come from: student or teacher."""
+    """`model` is that of `train.init_from`, where it is given, but for what the YAML says otherwise; positions follow
+    another `model.image.size` by themselves. `which` of its encoders the weights come from: student or teacher."""
 
     task: str = "image"
     which: str = "student"
     model: ModelConfig = field(default_factory=ModelConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
+    image: ImageTaskConfig = field(default_factory=ImageTaskConfig)
     data: LabelledDataConfig = field(default_factory=LabelledDataConfig)
     optim: FineTuningOptimConfig = field(default_factory=FineTuningOptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -81,9 +102,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     tree = read_tree(path, overrides)
     start = tree.get("train", {}).get("init_from") if isinstance(tree.get("train"), dict) else None
-    if start:
-        tree["model"] = merge(full.settings(start)["model"], tree.get("model") or {})
+    known = full.model_of(full.settings(start)) if start else None
+    if known:
+        tree["model"] = merge(to_tree(known), tree.get("model") or {})
     config = build(Config, tree, source=str(path))
+    image = config.model.image
+    if known and config.model.modality == "image" and image.grid != known.image.grid and not image.positions:
+        config = replace(config, model=replace(config.model, image=replace(image, positions=known.image.grid)))
     if not config.run.dir:
         config = replace(config, run=replace(config.run, dir=f"runs/{Path(path).stem}"))
     check(config)
@@ -94,7 +119,7 @@ def check(config: Config) -> None:
     """Raises ConfigError naming every setting that cannot work."""
     if config.task not in TASKS:
         raise ConfigError(f"task={config.task!r}: know {', '.join(TASKS)}")
-    data, optim, evaluation = config.data, config.optim, config.eval
+    data, optim, evaluation, image = config.data, config.optim, config.eval, config.image
     check_settings(
         typing.cast(typing.Any, config),
         [
@@ -111,6 +136,17 @@ def check(config: Config) -> None:
             (0 < optim.layer_decay <= 1, f"optim.layer_decay={optim.layer_decay} must lie in (0, 1]"),
             (optim.freeze_steps >= 0, f"optim.freeze_steps={optim.freeze_steps} must be 0 or more"),
             (0 <= config.head.dropout < 1, f"head.dropout={config.head.dropout} must lie in [0, 1)"),
+            *(
+                (getattr(image, name) >= 0, f"image.{name}={getattr(image, name)} must be 0 or more")
+                for name in ("operations", "magnitude_std", "mixup", "cutmix")
+            ),
+            *(
+                (0 <= getattr(image, name) <= 1, f"image.{name}={getattr(image, name)} must lie in [0, 1]")
+                for name in ("erase", "mix_prob", "switch_prob")
+            ),
+            (0 <= image.magnitude <= 10, f"image.magnitude={image.magnitude} must lie in [0, 10]"),
+            (0 <= image.smoothing < 1, f"image.smoothing={image.smoothing} must lie in [0, 1)"),
+            (0 < image.crop_share <= 1, f"image.crop_share={image.crop_share} must lie in (0, 1]"),
             (evaluation.every >= 0, f"eval.every={evaluation.every} must be 0 or more"),
             (evaluation.batch_size >= 1, f"eval.batch_size={evaluation.batch_size} must be at least 1"),
             (len(evaluation.splits) > 0, "eval.splits must name a split"),

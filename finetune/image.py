@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from finetune import augment
 from finetune.config import Config
 from finetune.task import Examples, Some, Split, Task
 from pretrain.data.fetch import resolve
@@ -18,10 +20,12 @@ from pretrain.data.sources import DataError, ImageSource, Sample, open_images
 from pretrain.labelled.samples import Labels, balanced_order, renumbered
 
 LEFT_OUT = -100  # the class of what takes no part in the loss
+TOP = 5
 
 
 class ImageTask(Task):
-    """Learns from random crops, is evaluated on centre crops; the best checkpoint has the most of them right."""
+    """Learns from random crops, augmented, is evaluated on centre crops; the best checkpoint has the most of them
+    right."""
 
     largest = 0
 
@@ -48,6 +52,7 @@ class ImageTask(Task):
             channels=image.channels,
             max_pixels=data.image.max_pixels,
             train=train,
+            centre=config.image.crop_share,
         )
         assert source.labels is not None
         return Split(images, renumbered(source.labels, source.classes, self.labels))
@@ -60,17 +65,44 @@ class ImageTask(Task):
         count = sum(c != LEFT_OUT for c in classes)
         return Examples(inputs, torch.tensor(classes), count, failures=failures)
 
+    def augment(self, examples: Examples) -> Examples:
+        """uint8 images and classes -> what RandAugment, erasing and mixing make of them, normalised if it is one of the
+        latter; and (B, K) shares of classes if these are mixed or smoothed."""
+        config, image = self.config.image, self.config.model.image
+        pixels, targets = examples.inputs, examples.targets
+        mean, std = (255 * torch.tensor(v).to(pixels.device, non_blocking=True) for v in (image.mean, image.std))
+        if config.operations:
+            pixels = augment.rand_augment(pixels, config, mean.round())
+        mixes = bool(config.mixup or config.cutmix)
+        if config.erase or mixes:
+            pixels = (pixels - mean[:, None, None]) / std[:, None, None]
+        if config.erase:
+            pixels = augment.erase(pixels, config)
+        if config.smoothing or mixes:
+            targets = shares(targets, len(self.labels), config.smoothing)
+        if mixes:
+            pixels, targets = augment.mix(pixels, targets, config)
+        return replace(examples, inputs=pixels, targets=targets)
+
     def loss(self, outputs: Tensor, examples: Examples) -> Tensor:
         return F.cross_entropy(outputs.float(), examples.targets, reduction="sum", ignore_index=LEFT_OUT)
 
     def predict(self, outputs: Tensor, examples: Examples) -> list[Any]:
-        return outputs.argmax(dim=-1).tolist()
+        """The likeliest classes, at most TOP of them."""
+        return outputs.topk(min(TOP, outputs.shape[1])).indices.tolist()
 
     def score(self, split: str, predictions: list[Any]) -> dict[str, float]:
-        return {"accuracy": float((np.array(predictions) == self.evaluated[split].references).mean())}
+        right = np.array(predictions) == self.evaluated[split].references[:, None]
+        return {"accuracy": float(right[:, 0].mean()), f"top{right.shape[1]}": float(right.any(axis=1).mean())}
 
     def best(self, figures: dict[str, float]) -> float:
         return figures["accuracy"]
+
+
+def shares(classes: Tensor, count: int, smoothing: float) -> Tensor:
+    """(B,) -> (B, count): 1 for a sample's class, of which `smoothing` goes evenly to all; zeros for LEFT_OUT."""
+    own = (classes[:, None] == torch.arange(count, device=classes.device)).float()
+    return torch.where(classes[:, None] == LEFT_OUT, 0.0, torch.lerp(own, torch.full_like(own, 1 / count), smoothing))
 
 
 def _labelled(path: str, split: str) -> ImageSource:

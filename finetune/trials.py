@@ -1,4 +1,4 @@
-"""Many fine-tuning runs that differ in a few settings, one after the other, each in a process and a folder of its own."""
+"""Fine-tuning runs that differ in a few settings, one after the other, each in a process and a folder of its own."""
 
 from __future__ import annotations
 
@@ -57,15 +57,16 @@ def run_trials(
 
 
 def finished(folder: Path, config: Config) -> Figures | None:
-    """What the trial in `folder` has found; None if it has not come to its end. Raises CheckpointError if it was another
-    trial."""
+    """What the trial in `folder` has found; None if it has not come to its end. Raises CheckpointError if it was
+    another trial."""
     try:
         record = json.loads((folder / DONE).read_text())
     except FileNotFoundError:
         return None
     if changed := differences(build(Config, record["settings"], source=str(folder / DONE)), config):
         raise CheckpointError(
-            f"{folder} holds a trial with other settings ({'; '.join(changed[:4])}); choose another folder, or delete it"
+            f"{folder} holds a trial with other settings ({'; '.join(changed[:4])}); choose another folder, or delete "
+            "that one"
         )
     return record["figures"]
 

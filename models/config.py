@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class ImageConfig:
-    """Pixels in, patches out. `mean` and `std` are per channel, for pixels scaled to [0, 1]."""
+    """Pixels in, patches out. `mean` and `std` are per channel, for pixels scaled to [0, 1]. `positions`: the side of
+    the grid of patches whose positions are spread over this one's (0: its own), as pre-training at another size had."""
 
     size: int = 224
     patch: int = 16
     channels: int = 3
+    positions: int = 0
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
@@ -111,7 +113,8 @@ class LossConfig:
 class DropoutConfig:
     """Of the student while it trains: after attention's projection (`residual`), on attention's weights, on the MLP's
     output behind the target, on the prenet's input, on kept positions on their way into the decoder, on text's
-    embeddings. `layer` is the probability that a whole main block is left out of a micro-step, on all ranks alike."""
+    embeddings. `layer` is the probability that a whole main block is left out of a micro-step, on all ranks alike;
+    `path` that of a sample going past the attention, or the MLP, of the last block, growing linearly up to there."""
 
     residual: float = 0.0
     attention: float = 0.0
@@ -120,6 +123,7 @@ class DropoutConfig:
     decoder: float = 0.0
     embedding: float = 0.0
     layer: float = 0.0
+    path: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -173,6 +177,17 @@ class ModelConfig:
         """T, the number of positions of the largest sample."""
         return math.prod(self.grid_shape)
 
+    def path_rates(self) -> list[float]:
+        """`dropout.path` of each block, the prenet's first: from 0 to the whole rate, as the reference's fine-tuning
+        has it, which takes the steps of the main blocks for both (docs/method.md 5)."""
+        step = self.dropout.path / max(1, self.depth - 1)
+        last = self.dropout.path
+        first = min(last, self.prenet_depth * step)
+        between = (last - first) / max(1, self.depth - 1)
+        return [min(last, i * step) for i in range(self.prenet_depth)] + [
+            first + i * between for i in range(self.depth)
+        ]
+
     @property
     def unit(self) -> str:
         """What samples are called."""
@@ -205,6 +220,7 @@ def problems(config: ModelConfig) -> list[str]:
             ),
             *((f"audio.{name}", min(getattr(audio, name), default=0), 1) for name in ("kernels", "strides")),
             ("audio.position_layers", audio.position_layers, 0),
+            ("image.positions", image.positions, 0),
             *((f"text.{name}", getattr(text, name), 1) for name in ("vocabulary", "tokens")),
             ("text.pad", text.pad, 0),
             *((f"decoder.{name}", getattr(decoder, name), 1) for name in ("width", "groups", "kernel")),

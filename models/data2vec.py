@@ -100,8 +100,9 @@ class Encoder(nn.Module):
         if config.prenet_depth or front.context_norm:
             self.context_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.context_dropout = nn.Dropout(config.dropout.prenet)
-        self.prenet = nn.ModuleList(Block(config) for _ in range(config.prenet_depth))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        blocks = [Block(config, path) for path in config.path_rates()]
+        self.prenet = nn.ModuleList(blocks[: config.prenet_depth])
+        self.blocks = nn.ModuleList(blocks[config.prenet_depth :])
         init_linear(self.prenet)
         init_linear(self.blocks)
 

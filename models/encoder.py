@@ -37,11 +37,25 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al. 2016): while training, all of a sample is zero with probability `rate`, and what
+    is left makes up for it. (N, K, D) -> (N, K, D)."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and self.rate):
+            return x
+        return x * x.new_empty(len(x), 1, 1).bernoulli_(1 - self.rate).div_(1 - self.rate)
+
+
 class Block(nn.Module):
     """A post-norm block. Returns its output and, before dropout and residual, the MLP output that targets are made
-    of."""
+    of. `path` is the probability that a sample goes past its attention, and past its MLP."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, path: float = 0.0) -> None:
         super().__init__()
         width, dropout = config.width, config.dropout
         self.attn = Attention(width, config.heads, dropout.attention)
@@ -49,11 +63,12 @@ class Block(nn.Module):
         self.mlp = Mlp(width, int(width * config.mlp_ratio))
         self.norm2 = nn.LayerNorm(width, eps=config.norm_eps)
         self.attn_dropout, self.mlp_dropout = nn.Dropout(dropout.residual), nn.Dropout(dropout.mlp)
+        self.drop_path = DropPath(path)
 
     def forward(self, x: Tensor, bias: Bias | None = None) -> tuple[Tensor, Tensor]:
-        x = self.norm1(x + self.attn_dropout(self.attn(x, bias)))
+        x = self.norm1(x + self.drop_path(self.attn_dropout(self.attn(x, bias))))
         ffn = self.mlp(x)
-        return self.norm2(x + self.mlp_dropout(ffn)), ffn
+        return self.norm2(x + self.drop_path(self.mlp_dropout(ffn))), ffn
 
 
 def init_linear(module: nn.Module) -> None:

@@ -30,22 +30,29 @@ class PatchEmbedding(nn.Module):
 
 
 class SinCosPositions(nn.Module):
-    """Fixed 2-D sin-cos positions, added before what is kept is taken."""
+    """Fixed 2-D sin-cos positions, added before what is kept is taken. On another grid than the one that they were
+    learned on they are those of its cells' centres there."""
 
     table: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.register_buffer("table", sincos_positions(config.width, config.image.grid), persistent=False)
+        image = config.image
+        self.register_buffer("table", sincos_positions(config.width, image.grid, image.positions), persistent=False)
 
     def forward(self, features: Tensor, ids_keep: Tensor | None) -> Tensor:
         return gather_rows(features + self.table.to(features.dtype), ids_keep)
 
 
-def sincos_positions(width: int, grid: int) -> Tensor:
-    """(grid*grid, width) fixed 2-D sin-cos positions of MAE (He et al. 2021): x in the first half, y in the second."""
+def sincos_positions(width: int, grid: int, known: int = 0) -> Tensor:
+    """(grid*grid, width) fixed 2-D sin-cos positions of MAE (He et al. 2021): x in the first half, y in the second.
+
+    `known`: the side of another grid, over which this one is laid. The sines are evaluated between its cells, exactly,
+    where interpolating its table would round off the fast ones.
+    """
     omega = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
-    angle = torch.arange(grid, dtype=torch.float64)[:, None] * omega
+    place = (torch.arange(grid, dtype=torch.float64) + 0.5) * ((known or grid) / grid) - 0.5
+    angle = place[:, None] * omega
     axis = torch.cat([angle.sin(), angle.cos()], dim=1)
     x = axis[None, :, :].expand(grid, grid, -1)
     y = axis[:, None, :].expand(grid, grid, -1)

@@ -37,8 +37,8 @@ class ImageDataset(torch.utils.data.Dataset):
     """Square crops of a source's images, asked for by (epoch, index).
 
     With `train`, a random resized crop (`crop_scale` of the area, aspect ratio log-uniform in `crop_ratio`)
-    and a horizontal flip with probability `flip`; without, the shorter side becomes `size` and the centre is
-    taken. A file that cannot be decoded, or is larger than `max_pixels`, is replaced by another one chosen
+    and a horizontal flip with probability `flip`; without, the square in the middle whose side is `centre` of the
+    shorter one. A file that cannot be decoded, or is larger than `max_pixels`, is replaced by another one chosen
     by a hash of (seed, index, attempt).
     """
 
@@ -52,6 +52,7 @@ class ImageDataset(torch.utils.data.Dataset):
     channels: int = 3
     max_pixels: int = 178_956_970
     train: bool = True
+    centre: float = 1.0
     notes: ClassVar[tuple[str, ...]] = ()
     assets: ClassVar[tuple[Path, ...]] = ()
 
@@ -95,7 +96,8 @@ class ImageDataset(torch.utils.data.Dataset):
         if self.train:
             box = _random_box(upright_size, self.crop_scale, self.crop_ratio, rng)
         else:
-            box = _centre_box(upright_size, (min(upright_size), min(upright_size)))
+            side = self.centre * min(upright_size)
+            box = _centre_box(upright_size, (side, side))
         box = _stored_box(box, image.size, orientation)
         if isinstance(image, JpegImageFile):
             box = _draft(image, box, self.size, mode)
