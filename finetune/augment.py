@@ -80,7 +80,8 @@ def _autocontrast(counts: Tensor, values: Tensor) -> Tensor:
     """Values spread over 0 to 255, channel by channel."""
     low = (counts > 0).int().argmax(2, keepdim=True)
     high = 255 - (counts > 0).int().flip(2).argmax(2, keepdim=True)
-    scale = 255 / (high - low).clamp(min=1).double()  # Pillow truncates, so that a float's error would show
+    width = (high - low).clamp(min=1).double()
+    scale = torch.full_like(width, 255) / width  # what is truncated next shows any error, that of 255 / width, too
     spread = (values * scale - low * scale).int().clamp(0, 255)
     return torch.where(high > low, spread, values)
 
