@@ -67,7 +67,7 @@ class FrozenEncoder:
         if lengths is not None:
             local = local * real_positions(local, lengths)  # nothing comes from behind the end, as in a sample alone
         yield local
-        x, bias = self.encoder.context(local, lengths=lengths)
+        x, bias = self.encoder.context(local, lengths=lengths, ends=lengths)
         for output, _ in self.encoder.layers(x, bias):
             yield output[:, self.config.extra_tokens :]
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.config import ModelConfig
 from models.convolution import conv_norm_gelu, convolve
 from models.fused.linear import Linear
-from models.masks import gather_rows, scatter_rows
+from models.masks import gather_rows, real_positions, scatter_rows
 
 
 class WaveformEncoder(nn.Module):
@@ -28,11 +29,12 @@ class WaveformEncoder(nn.Module):
         for conv in self.convs:
             nn.init.kaiming_normal_(conv.weight)  # type: ignore[arg-type]
 
-    def forward(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """(B, samples), mean 0 and variance 1 -> (B, T, D)."""
+    def forward(self, waveform: Tensor, lengths: Tensor | None = None, frozen: bool = False) -> Tensor:
+        """(B, samples), mean 0 and variance 1 -> (B, T, D). `frozen`: the convolutions take no gradient."""
         x = waveform.to(self.proj.weight.dtype)[..., None]
-        for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = F.gelu(norm(convolve(conv, x, (x.shape[1],))))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            for conv, norm in zip(self.convs, self.norms, strict=True):
+                x = F.gelu(norm(convolve(conv, x, (x.shape[1],))))
         return self.proj(self.norm(x))
 
 
@@ -48,11 +50,17 @@ class RelativePositions(nn.Module):
             for _ in range(audio.position_layers)
         )
 
-    def forward(self, features: Tensor, ids_keep: Tensor | None) -> Tensor:
-        """(B, T, D) and (B*M, K) -> (B*M, K, D): what is kept, plus its positions; all T without ids."""
+    def forward(self, features: Tensor, ids_keep: Tensor | None, ends: Tensor | None = None) -> Tensor:
+        """(B, T, D) and (B*M, K) -> (B*M, K, D): what is kept, plus its positions; all T without ids.
+
+        Each layer sees zeros from `ends` (B,) on, as where a clip that is not padded ends, if they are given (with all T
+        alone); the reference lets every layer but the first see what the one before made of padding.
+        """
         kept = gather_rows(features, ids_keep)
         t = features.shape[1]
         x = features if ids_keep is None else scatter_rows(kept, ids_keep, t)
+        real = None if ends is None else real_positions(x, ends)
         for conv in self.convs:
             x = conv_norm_gelu(conv, x, (t,))
+            x = x if real is None else x * real
         return kept + gather_rows(x, ids_keep)

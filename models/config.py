@@ -114,7 +114,8 @@ class DropoutConfig:
     """Of the student while it trains: after attention's projection (`residual`), on attention's weights, on the MLP's
     output behind the target, on the prenet's input, on kept positions on their way into the decoder, on text's
     embeddings. `layer` is the probability that a whole main block is left out of a micro-step, on all ranks alike;
-    `path` that of a sample going past the attention, or the MLP, of the last block, growing linearly up to there."""
+    `path` that of a sample going past the attention, or the MLP, of the last block, growing linearly up to there.
+    `activation` is of the MLP's hidden units."""
 
     residual: float = 0.0
     attention: float = 0.0
@@ -124,6 +125,7 @@ class DropoutConfig:
     embedding: float = 0.0
     layer: float = 0.0
     path: float = 0.0
+    activation: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ from models.text import InFeatures, TokenEmbedding
 class FrontEnd(NamedTuple):
     """What makes a modality.
 
-    `local(config)(inputs, lengths)` -> features (B, T, D), once a sample; `positions(config)(features, ids_keep)` ->
-    (N, K, D), what the encoder sees of them. The teacher averages a local encoder of its own, or is `given` the
+    `local(config)(inputs, lengths)` -> features (B, T, D), once a sample; `positions(config)(features, ids_keep, ends)`
+    -> (N, K, D), what the encoder sees of them. The teacher averages a local encoder of its own, or is `given` the
     student's features. `context_norm`: the norm before the blocks exists even where there is no prenet.
     """
 
@@ -107,12 +107,17 @@ class Encoder(nn.Module):
         init_linear(self.blocks)
 
     def context(
-        self, features: Tensor, ids_keep: Tensor | None = None, lengths: Tensor | None = None
+        self,
+        features: Tensor,
+        ids_keep: Tensor | None = None,
+        lengths: Tensor | None = None,
+        ends: Tensor | None = None,
     ) -> tuple[Tensor, Bias | None]:
         """Local features (B, T, D) -> input of the main blocks (N, E+K, D), or (B, E+T, D) without masks; and what
-        all blocks add to attention's logits."""
+        all blocks add to attention's logits. With the `lengths` as `ends`, too, positions do not know how far a sample
+        is padded, either; pre-training's do, as the reference's."""
         bias = self.bias(features, ids_keep, lengths)
-        x = self.positions(features, ids_keep)
+        x = self.positions(features, ids_keep, ends)
         if self.extra_tokens is not None:
             x = self.extra_tokens(x)
         x = self.context_dropout(self.context_norm(x))
@@ -146,9 +151,10 @@ class Encoder(nn.Module):
         ids_keep: Tensor | None = None,
         lengths: Tensor | None = None,
         dropped: Collection[int] = (),
+        ends: Tensor | None = None,
     ) -> Tensor:
         """Local features -> final output (N, E+K, D)."""
-        x, bias = self.context(features, ids_keep, lengths)
+        x, bias = self.context(features, ids_keep, lengths, ends)
         for output, _ in self.layers(x, bias, dropped):
             x = output
         return x
@@ -228,9 +234,12 @@ class Data2Vec(nn.Module):
         return Output(regression, cls, moments(prediction), moments(target))
 
     def dropped_blocks(self, seed: int) -> frozenset[int]:
-        """The main blocks that this micro-step leaves out, each with probability `dropout.layer`."""
-        share = self.config.dropout.layer
-        if not (self.training and share):
-            return frozenset()
-        draws = torch.rand(self.config.depth, generator=torch.Generator().manual_seed(seed))
-        return frozenset((draws < share).nonzero().flatten().tolist())
+        return dropped_blocks(self.config, seed) if self.training else frozenset()
+
+
+def dropped_blocks(config: ModelConfig, seed: int) -> frozenset[int]:
+    """The main blocks that this micro-step leaves out, each with probability `dropout.layer`."""
+    if not config.dropout.layer:
+        return frozenset()
+    draws = torch.rand(config.depth, generator=torch.Generator().manual_seed(seed))
+    return frozenset((draws < config.dropout.layer).nonzero().flatten().tolist())

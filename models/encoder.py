@@ -26,15 +26,16 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear, exact (erf) GELU, Linear."""
+    """Linear, exact (erf) GELU, dropout, Linear."""
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, dropout: float) -> None:
         super().__init__()
         self.fc1 = Linear(width, hidden)
         self.fc2 = Linear(hidden, width)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(self.dropout(F.gelu(self.fc1(x))))
 
 
 class DropPath(nn.Module):
@@ -60,7 +61,7 @@ class Block(nn.Module):
         width, dropout = config.width, config.dropout
         self.attn = Attention(width, config.heads, dropout.attention)
         self.norm1 = nn.LayerNorm(width, eps=config.norm_eps)
-        self.mlp = Mlp(width, int(width * config.mlp_ratio))
+        self.mlp = Mlp(width, int(width * config.mlp_ratio), dropout.activation)
         self.norm2 = nn.LayerNorm(width, eps=config.norm_eps)
         self.attn_dropout, self.mlp_dropout = nn.Dropout(dropout.residual), nn.Dropout(dropout.mlp)
         self.drop_path = DropPath(path)

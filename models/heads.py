@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from models.config import HeadConfig, ModelConfig
-from models.data2vec import Encoder
+from models.data2vec import Encoder, dropped_blocks
 from models.fused.linear import Linear
 from models.masks import real_positions
 
@@ -72,14 +72,33 @@ class FineTuned(nn.Module):
         self.student = Encoder(config)
         self.head = HEADS[config.modality](config, head)
 
-    def forward(self, inputs: Tensor, lengths: Tensor | None = None, frozen: bool = False) -> Tensor:
-        """Inputs as pre-training's batches have them, `lengths` (B,) in positions if some are padded -> outputs.
+    def forward(
+        self,
+        inputs: Tensor,
+        lengths: Tensor | None = None,
+        *,
+        frozen: bool = False,
+        frozen_local: bool = False,
+        seed: int = 0,
+        hidden: Tensor | None = None,
+        channels: Tensor | None = None,
+    ) -> Tensor:
+        """Inputs as pre-training's batches have them, `lengths` (B,) in positions if some are padded -> outputs. What
+        is made of a sample does not depend on how far it is padded.
 
-        `frozen`: only the head learns.
+        `frozen`: only the head learns; `frozen_local`: a waveform's convolutions do not. `seed` chooses the blocks that
+        layer drop leaves out; give the same to all ranks. Local features are noise where `hidden` (B, T), as in the
+        decoder, and zero in `channels` (B, D).
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            features = self.student.local(inputs, lengths)
+            features = self.student.local(inputs, lengths, *[True] * frozen_local)
+            if hidden is not None:
+                noise = torch.randn_like(features) * self.config.mask.noise_std
+                features = torch.where(hidden[..., None], noise, features)
+            if channels is not None:
+                features = features.masked_fill(channels[:, None], 0)
             if lengths is not None:
                 features = features * real_positions(features, lengths)
-            states = self.student(features, lengths=lengths)[:, self.config.extra_tokens :]
-        return self.head(states)
+            dropped = dropped_blocks(self.config, seed) if self.training else ()
+            states = self.student(features, lengths=lengths, dropped=dropped, ends=lengths)
+        return self.head(states[:, self.config.extra_tokens :])

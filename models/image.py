@@ -40,7 +40,7 @@ class SinCosPositions(nn.Module):
         image = config.image
         self.register_buffer("table", sincos_positions(config.width, image.grid, image.positions), persistent=False)
 
-    def forward(self, features: Tensor, ids_keep: Tensor | None) -> Tensor:
+    def forward(self, features: Tensor, ids_keep: Tensor | None, ends: Tensor | None = None) -> Tensor:
         return gather_rows(features + self.table.to(features.dtype), ids_keep)
 
 

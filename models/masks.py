@@ -91,6 +91,24 @@ def _ids(chosen: NDArray[np.bool_]) -> Tensor:
     return torch.from_numpy(np.nonzero(chosen)[1].reshape(len(chosen), -1))
 
 
+def draw_spans(
+    keys: U64, lengths: NDArray[np.int64], size: int, prob: float, length: int, least: int = 0
+) -> NDArray[np.bool_]:
+    """(R, size) for R rows, of which the first `lengths` (R,) positions can be covered: spans of `length` begin at
+    distinct random places, as many as would cover the share `prob` of a row if none overlapped (Baevski et al. 2020,
+    wav2vec 2.0, 3.1 and B; rounded up or down at random, and `least` at any rate where they fit)."""
+    words = random_words(keys, 1 + size)
+    places = np.maximum(lengths - length + 1, 0)
+    count = (prob * lengths / length + (words[:, 0] >> np.uint64(11)) * 2.0**-53).astype(np.int64)
+    count = np.minimum(np.maximum(count, least), places)
+    rank = np.where(np.arange(size) < places[:, None], words[:, 1:] >> np.uint64(1), np.iinfo(np.int64).max)
+    starts = np.zeros((len(keys), size + length), np.int64)
+    starts[:, :size] = rank.argsort(1).argsort(1) < count[:, None]
+    covered = starts.cumsum(1)
+    covered[:, length:] -= covered[:, :-length].copy()
+    return covered[:, :size] > 0
+
+
 def gather_rows(x: Tensor, ids: Tensor | None) -> Tensor:
     """(B, T, D) and ids (B*M, K) -> (B*M, K, D): row b*M+m takes its positions from sample b, without M copies of x.
 

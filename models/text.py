@@ -42,5 +42,5 @@ class InFeatures(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
 
-    def forward(self, features: Tensor, ids_keep: Tensor | None) -> Tensor:
+    def forward(self, features: Tensor, ids_keep: Tensor | None, ends: Tensor | None = None) -> Tensor:
         return gather_rows(features, ids_keep)
