@@ -7,12 +7,13 @@ import sys
 from finetune.config import Config, load
 from finetune.image import ImageTask
 from finetune.plan import describe
+from finetune.speech import SpeechTask
 from finetune.task import Task
 from finetune.train import FineTuning
 from pretrain.parallel import World
 from pretrain.program import main
 
-KINDS: dict[str, type[Task]] = {"image": ImageTask}
+KINDS: dict[str, type[Task]] = {"image": ImageTask, "speech": SpeechTask}
 
 
 def start(config: Config, world: World) -> FineTuning:

@@ -33,7 +33,7 @@ class LabelledDataConfig(DataConfig):
 class FineTuningOptimConfig(OptimConfig):
     """`schedule`: cosine, linear (both to 0) or tri_stage (`hold` of the steps at the peak, then exponentially to
     `final_scale` of it). `layer_decay`: the rate of block i of n, counted from 1, is multiplied by it n + 1 - i times.
-    Only the head learns before step `freeze_steps`; never does what comes before the blocks with `freeze_local`."""
+    Only the head learns before step `freeze_steps`; a waveform's convolutions never do with `freeze_local`."""
 
     schedule: str = "cosine"
     hold: float = 0.4
@@ -64,6 +64,22 @@ class ImageTaskConfig:
 
 
 @dataclass(frozen=True)
+class SpeechTaskConfig:
+    """`held_out`: where the evaluated splits lie, if not at `data.path`. `language`: of data sets that have several.
+    Transcripts are spelt in lower or upper `case`, or kept as they are, without `punctuation` unless it is kept.
+    Training hides spans of frames and of channels, as many as would cover a share `*_prob` if none overlapped."""
+
+    held_out: str = ""
+    language: str = ""
+    case: str = "lower"
+    punctuation: bool = False
+    frame_prob: float = 0.65
+    frame_length: int = 10
+    channel_prob: float = 0.25
+    channel_length: int = 64
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """Every `every` steps (0: none) and after the last one, the network is evaluated on `splits`, `batch_size` samples
     at a time over all ranks; the first of them says which checkpoint is the best."""
@@ -87,12 +103,14 @@ class Config:
     optim: FineTuningOptimConfig = field(default_factory=FineTuningOptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    speech: SpeechTaskConfig = field(default_factory=SpeechTaskConfig)
     run: RunConfig = field(default_factory=RunConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
 
 
 TASKS = {"image": "image", "speech": "audio", "text": "text"}  # and their modalities
 SCHEDULES = ("cosine", "linear", "tri_stage")
+CASES = ("lower", "upper", "keep")
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -119,7 +137,8 @@ def check(config: Config) -> None:
     """Raises ConfigError naming every setting that cannot work."""
     if config.task not in TASKS:
         raise ConfigError(f"task={config.task!r}: know {', '.join(TASKS)}")
-    data, optim, evaluation, image = config.data, config.optim, config.eval, config.image
+    data, optim, evaluation = config.data, config.optim, config.eval
+    image, speech = config.image, config.speech
     check_settings(
         typing.cast(typing.Any, config),
         [
@@ -132,7 +151,17 @@ def check(config: Config) -> None:
             (data.minutes is None or data.minutes > 0, f"data.minutes={data.minutes} must be positive, or null"),
             (optim.schedule in SCHEDULES, f"optim.schedule={optim.schedule!r}: know {', '.join(SCHEDULES)}"),
             (0 <= optim.hold <= 1, f"optim.hold={optim.hold} must lie in [0, 1]"),
-            (0 <= optim.final_scale <= 1, f"optim.final_scale={optim.final_scale} must lie in [0, 1]"),
+            (0 < optim.final_scale <= 1, f"optim.final_scale={optim.final_scale} must lie in (0, 1]"),
+            (
+                optim.schedule != "tri_stage"
+                or optim.warmup_steps + optim.hold * config.train.steps <= config.train.steps,
+                f"optim.warmup_steps={optim.warmup_steps} and optim.hold={optim.hold} leave none of train.steps="
+                f"{config.train.steps} to decay in",
+            ),
+            (
+                not optim.freeze_local or config.model.modality == "audio",
+                "optim.freeze_local is for a waveform's convolutions: leave it out",
+            ),
             (0 < optim.layer_decay <= 1, f"optim.layer_decay={optim.layer_decay} must lie in (0, 1]"),
             (optim.freeze_steps >= 0, f"optim.freeze_steps={optim.freeze_steps} must be 0 or more"),
             (0 <= config.head.dropout < 1, f"head.dropout={config.head.dropout} must lie in [0, 1)"),
@@ -150,5 +179,14 @@ def check(config: Config) -> None:
             (evaluation.every >= 0, f"eval.every={evaluation.every} must be 0 or more"),
             (evaluation.batch_size >= 1, f"eval.batch_size={evaluation.batch_size} must be at least 1"),
             (len(evaluation.splits) > 0, "eval.splits must name a split"),
+            (speech.case in CASES, f"speech.case={speech.case!r}: know {', '.join(CASES)}"),
+            *(
+                (0 <= share <= 1, f"speech.{name}={share} must lie in [0, 1]")
+                for name, share in (("frame_prob", speech.frame_prob), ("channel_prob", speech.channel_prob))
+            ),
+            (
+                min(speech.frame_length, speech.channel_length) >= 1,
+                "speech.frame_length and channel_length are at least 1",
+            ),
         ],
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,7 +63,7 @@ class Task(ABC):
     train: Split
     evaluated: dict[str, Split]
     labels: list[str]
-    largest: ClassVar[int]  # sum of `sizes` that a batch of an evaluation may have, every sample padded to its longest
+    largest: int  # sum of `sizes` that a batch of an evaluation may have, every sample padded to its longest
 
     def __init__(self, config: Config, progress: bool) -> None:
         self.config = config

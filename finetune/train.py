@@ -61,14 +61,25 @@ class Trainer:
         count = world.sum(torch.full((), sum(b.count for b in micro_batches), device=world.device))
         rate = learning_rate(state.step, config.optim, config.train.steps)
         set_hyperparameters(self.engine.optimizer, rate, state.step + 1, config.optim)
+        frozen = state.step < config.optim.freeze_steps
+        for group in self.engine.optimizer.param_groups:
+            if frozen and not group["head"]:
+                group["lr"] = 0.0  # nor does decay move it
         sums = Sums(torch.zeros((), device=world.device))
         for i, batch in enumerate(micro_batches):
             self.engine.set_gradient_accumulation_boundary(i + 1 == len(micro_batches))
             # Of dropout and augmentation, on every device.
-            torch.manual_seed(micro_step_seed(config.train.seed, state.batches, i) + world.data_rank)
+            seed = micro_step_seed(config.train.seed, state.batches, i)
+            torch.manual_seed(seed + world.data_rank)
             examples = self.task.augment(batch.to(world.device))
-            frozen = state.step < config.optim.freeze_steps
-            outputs = self.engine(examples.inputs, examples.lengths, frozen, **self.task.arguments(examples))
+            outputs = self.engine(
+                examples.inputs,
+                examples.lengths,
+                frozen=frozen,
+                frozen_local=config.optim.freeze_local,
+                seed=seed,
+                **self.task.arguments(examples),
+            )
             loss = self.task.loss(outputs, examples) / count.clamp(min=1)
             # The engine averages over ranks and micro-batches; the parts of the global loss are to be summed.
             self.engine.backward(loss * (world.data_ranks * self.plan.accumulation))

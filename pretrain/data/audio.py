@@ -112,10 +112,11 @@ class AudioDataset(torch.utils.data.Dataset):
         def read(chosen: int) -> torch.Tensor:
             return self._waveform(chosen, samples, np.random.default_rng([_CROP_STREAM, self.seed, epoch, index]))
 
-        inputs, failures = read_or_replace(read, self._name, index, instead=others, seed=self.seed, kind="recordings")
+        inputs, failures = read_or_replace(read, self.name, index, instead=others, seed=self.seed, kind="recordings")
         return Sample(inputs, epoch, index, failures)
 
-    def _name(self, index: int) -> str:
+    def name(self, index: int) -> str:
+        """The path of recording `index`."""
         return self.source.name(int(self._used[index]))
 
     def _waveform(self, index: int, samples: int | None, rng: np.random.Generator) -> torch.Tensor:

@@ -32,7 +32,7 @@ from pretrain.data.sources import HELD_OUT, DataError, listing, split_folder, sp
 from pretrain.files import write_atomically
 from pretrain.progress import Progress
 
-_EXTENSIONS = (".wav", ".flac", ".ogg", ".opus", ".mp3")
+EXTENSIONS = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 _KINDS = "wav, flac, ogg, opus or mp3"
 _MARGIN = 1024  # 16 kHz samples; 133 is as far as soxr's filter was seen to reach, at 8 kHz
 # An MP3 frame may use up to 511 bytes of the frames before it, which are 21 of 576 samples at the lowest bit rate.
@@ -149,7 +149,7 @@ def open_audio(path: str, split: str = "train", *, progress: bool = True) -> Aud
     """
     path = os.path.expanduser(path)
     if os.path.isfile(path):
-        if path.lower().endswith(_EXTENSIONS):
+        if path.lower().endswith(EXTENSIONS):
             raise DataError(f"{path} is one recording: give the folder that holds it")
         return _open_manifest(path, progress)
     if not os.path.isdir(path):
@@ -158,13 +158,22 @@ def open_audio(path: str, split: str = "train", *, progress: bool = True) -> Aud
         return _open_manifest(manifest, progress)
     clips: list[_Clip] = []
     skipped: list[str] = []
-    root, *subsets = _split_folders(path, split)
+    root, *subsets = split_folders(path, split)
     for subset in subsets or [""]:
         folder = os.path.join(root, subset) if subset else root
-        names = list(walk(folder, _EXTENSIONS))
+        names = list(walk(folder, EXTENSIONS))
         _sort_out(names, _scan(folder, names, folder, progress), folder, subset, clips, skipped)
     if not clips and not skipped:
         raise DataError(f"no recordings in {root}: give {_KINDS} files or a manifest (.tsv)")
+    return AudioSource(root, clips, skipped)
+
+
+def open_recordings(root: str, names: Sequence[str], key: str, *, progress: bool = True) -> AudioSource:
+    """The recordings of these names below `root`; their lengths are cached under `key`, a path that tells which they
+    are. Raises `DataError` if none can be used."""
+    clips: list[_Clip] = []
+    skipped: list[str] = []
+    _sort_out(names, _scan(root, names, key, progress), root, "", clips, skipped)
     return AudioSource(root, clips, skipped)
 
 
@@ -176,7 +185,7 @@ def write_manifest(folder: str, out: str, *, progress: bool = True) -> AudioSour
     if not os.path.isdir(folder):
         raise DataError(f"{folder} is no folder")
     root = os.path.abspath(folder)
-    names = list(walk(root, _EXTENSIONS))
+    names = list(walk(root, EXTENSIONS))
     headers = [
         header._replace(reason="its name holds a tab or line break") if set("\t\r\n") & set(name) else header
         for name, header in zip(names, _scan(root, names, root, progress), strict=True)
@@ -213,8 +222,8 @@ def _is_manifest(path: str) -> bool:
     return False
 
 
-def _split_folders(path: str, split: str) -> list[str]:
-    """The root of the split, and then its subsets there if it has some."""
+def split_folders(path: str, split: str) -> list[str]:
+    """The root of the split, and then its subsets there if it has some. Raises `DataError` if it has others only."""
     names = [entry.name for entry in listing(path) if entry.is_dir()]
     wanted = split_names(split)
     subsets = [name for name in names if name.partition("-")[0] in ("train", *HELD_OUT) and "-" in name]
@@ -227,7 +236,7 @@ def _split_folders(path: str, split: str) -> list[str]:
 
 
 def _open_manifest(path: str, progress: bool) -> AudioSource:
-    root, names, frames = _read_manifest(path)
+    root, names, frames = read_manifest(path)
     probes = [names[i] for i in np.unique(np.linspace(0, len(names) - 1, _PROBES).astype(int))]
     with _quiet():
         found = [_examine(os.path.join(root, name)) for name in probes]
@@ -244,7 +253,7 @@ def _open_manifest(path: str, progress: bool) -> AudioSource:
     return AudioSource(root, clips, skipped)
 
 
-def _read_manifest(path: str) -> tuple[str, list[str], list[int]]:
+def read_manifest(path: str) -> tuple[str, list[str], list[int]]:
     """The root, and each recording's path below it and number of frames."""
     try:
         with open(path, "rb") as file:
