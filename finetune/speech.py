@@ -74,7 +74,7 @@ class SpeechTask(Task):
     def __init__(self, config: Config, progress: bool) -> None:
         super().__init__(config, progress)
         self.progress = progress
-        self.largest = config.train.micro_batch
+        self.largest = config.train.micro_batch or config.model.length
         speech = config.speech
         transcribed = self._open(config.data.path, config.data.split)
         self.labels = given_labels(config.train.init_from) or collected_labels(transcribed.texts)
@@ -123,7 +123,7 @@ class SpeechTask(Task):
         for reason, some in reasons.items():
             if some.any():
                 names = ", ".join(dataset.name(i) for i in np.flatnonzero(some)[:FEW])
-                notes.append(f"left out {some.sum():,} clips {reason}: {names}" + ", ..." * (some.sum() > FEW))
+                notes.append(f"left out {some.sum():,} clips {reason}: {names}" + ", ..." * int(some.sum() > FEW))
         usable = np.flatnonzero(~(long | strange | crowded))
         if not len(usable):
             raise DataError(f"data.path={config.data.path}: no clip can be learned from; {'; '.join(notes)}")
@@ -186,8 +186,9 @@ class SpeechTask(Task):
         """Infinite, if a clip had fewer frames than its letters need; none has."""
         assert isinstance(examples, Spoken) and examples.genuine is not None
         log_probs = outputs.float().log_softmax(-1).transpose(0, 1)
-        counts: Any = examples.frames, examples.letters  # tensors of them would be fetched from the device
-        each = F.ctc_loss(log_probs, examples.targets, *counts, BLANK, "none")
+        frames: Any = examples.frames  # of tensors the values would be fetched from the device
+        letters: Any = examples.letters
+        each = F.ctc_loss(log_probs, examples.targets, frames, letters, BLANK, "none")
         return torch.where(examples.genuine, each, 0).sum()
 
     def predict(self, outputs: Tensor, examples: Examples) -> list[str | None]:

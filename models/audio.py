@@ -53,8 +53,8 @@ class RelativePositions(nn.Module):
     def forward(self, features: Tensor, ids_keep: Tensor | None, ends: Tensor | None = None) -> Tensor:
         """(B, T, D) and (B*M, K) -> (B*M, K, D): what is kept, plus its positions; all T without ids.
 
-        If `ends` (B,) are given, with all T alone, each layer sees zeros from there on, as where a clip ends that is not
-        padded; the reference lets every layer but the first see what the one before made of padding.
+        If `ends` (B,) are given, with all T alone, each layer sees zeros from there on, as where a clip that is not
+        padded ends; the reference lets every layer but the first see what the one before made of padding.
         """
         kept = gather_rows(features, ids_keep)
         t = features.shape[1]
