@@ -71,11 +71,20 @@ class Utterances(Some):
 class SpeechTask(Task):
     """Learns letters from whole clips; the best checkpoint has the lowest word error rate, greedily decoded."""
 
-    def __init__(self, config: Config, progress: bool) -> None:
+    def __init__(self, config: Config, progress: bool, labels: list[str] | None = None) -> None:
+        """With the `labels` of a network that has learned, only what it is evaluated on is opened."""
         super().__init__(config, progress)
         self.progress = progress
         self.largest = config.train.micro_batch or config.model.length
-        speech = config.speech
+        if labels is None:
+            self._open_training()
+        else:
+            self.labels = labels
+        where = config.speech.held_out or config.data.path
+        self.evaluated = {split: Split(*self._clips(self._open(where, split))) for split in config.eval.splits}
+
+    def _open_training(self) -> None:
+        config = self.config
         transcribed = self._open(config.data.path, config.data.split)
         self.labels = given_labels(config.train.init_from) or collected_labels(transcribed.texts)
         dataset, references = self._clips(transcribed, config.data.audio.min_seconds)
@@ -85,8 +94,6 @@ class SpeechTask(Task):
         hours = utterances.lengths.sum() / RATE / 3600
         utterances.notes += (f"{hours:.3g} h of them", *transcribed.notes, *notes)
         self.train = Split(utterances, references)
-        where = speech.held_out or config.data.path
-        self.evaluated = {split: Split(*self._clips(self._open(where, split))) for split in config.eval.splits}
 
     def _open(self, path: str, split: str) -> Transcribed:
         if not path:
@@ -221,8 +228,8 @@ def collected_labels(texts: Sequence[str]) -> list[str]:
 
 
 def spelt(text: str, number: dict[str, int]) -> NDArray[np.int64] | None:
-    """(S,) labels; None if one is missing."""
-    letters = [number.get(letter) for letter in text.replace(" ", LABELS[BETWEEN])]
+    """(S,) labels, each word with its end; None if one is missing."""
+    letters = [number.get(letter) for letter in f"{text} ".replace(" ", LABELS[BETWEEN])]
     return None if None in letters else np.array(letters, np.int64)
 
 

@@ -31,6 +31,11 @@ def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
         if "base" in parent:
             raise ConfigError(f"{path}: its base {base} has a base of its own; one level is allowed")
         tree = merge(parent, tree)
+    return overridden(tree, overrides)
+
+
+def overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A tree with `a.b=c` overrides. Raises ConfigError for what is none."""
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
