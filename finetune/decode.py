@@ -36,8 +36,8 @@ UNKNOWN = "<unk>"
 @dataclass(frozen=True)
 class Beam:
     """How far to look: at `size` hypotheses that are no more than `threshold` behind the best, each continued by its
-    `letters` likeliest labels. A hypothesis' score is the log probability of its best path, and with a language model
-    `lm_weight` times the log10 of its words' probability and `word_score` for each word."""
+    `letters` likeliest labels. With a language model a hypothesis' score is the log probability of its best path, `lm_weight`
+    times the log10 of its words' probability, and `word_score` for each word (wav2vec 2.0's program)."""
 
     size: int = 50
     letters: int = 50
@@ -62,7 +62,7 @@ class GreedyDecoder:
 
 
 class BeamDecoder:
-    """The best hypothesis of any letters."""
+    """The likeliest of any letters: over all paths that lead to them."""
 
     def __init__(self, labels: Sequence[str], beam: Beam) -> None:
         decoder = flashlight()
@@ -73,7 +73,7 @@ class BeamDecoder:
             beam_threshold=beam.threshold,
             lm_weight=0.0,
             sil_score=0.0,
-            log_add=False,
+            log_add=True,
             criterion_type=decoder.CriterionType.CTC,
         )
         self._decoder = decoder.LexiconFreeDecoder(options, decoder.ZeroLM(), BETWEEN, BLANK, [])
