@@ -1,10 +1,9 @@
-"""Text for pre-training: blocks of running text; and labelled sentences for probes."""
+"""Text for pre-training: blocks of running text; and labelled sentences, or pairs of them."""
 
 from __future__ import annotations
 
-import gzip
-import os
-import zlib
+from array import array
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 
@@ -13,8 +12,13 @@ import torch
 from numpy.typing import NDArray
 
 from pretrain.data.corpus import Corpus
+from pretrain.data.names import digest
 from pretrain.data.sources import DataError, Sample
+from pretrain.data.tables import existing_table, find_table, numbered, read_lines
 from pretrain.data.tokenizer import Tokenizer
+from pretrain.progress import Progress
+
+ENCODED = 1000  # texts at a time
 
 
 @dataclass(eq=False)
@@ -87,69 +91,87 @@ def open_sentences(path: str | Path, split: str = "train") -> Sentences:
     Raises `DataError`, with the numbers of the lines, for what is not so, and for labels that training lacks.
     """
     folder = Path(path).expanduser()
-    file = _sentence_file(folder, split)
-    if file is None:
-        there = ", ".join(sorted(entry.name for entry in folder.glob("*.tsv*"))) or "none"
-        raise DataError(f"no {split}.tsv or {split}.tsv.gz in {folder}; .tsv files there: {there}")
+    file = existing_table(folder, split)
     rows = _rows(file)
-    training = _sentence_file(folder, "train") or file
+    training = find_table(folder, "train") or file
     classes = sorted({label for label, _ in (rows if training == file else _rows(training))})
     codes = {label: code for code, label in enumerate(classes)}
     if strange := [number for number, (label, _) in enumerate(rows, start=1) if label not in codes]:
-        raise DataError(f"{file} {_lines(strange)}: labels that {training.name} lacks, as {rows[strange[0] - 1][0]!r}")
+        lacked = f"labels that {training.name} lacks, as {rows[strange[0] - 1][0]!r}"
+        raise DataError(f"{file} {numbered(strange)}: {lacked}")
     labels = np.array([codes[label] for label, _ in rows], np.int64)
     return Sentences([text for _, text in rows], labels, classes)
 
 
-class SentenceDataset(torch.utils.data.Dataset):
-    """Sentences as bos + ids + eos, of `max_tokens` at most, asked for by (epoch, index)."""
-
-    def __init__(self, sentences: Sentences, tokenizer: Tokenizer, max_tokens: int = 512) -> None:
-        if max_tokens < 3:
-            raise DataError(f"a sentence has bos, text and eos: {max_tokens} tokens are too few")
-        self.labels, self.classes = sentences.labels, sentences.classes
-        ids = tokenizer.encode_batch(sentences.texts)
-        self._inputs = [np.array([tokenizer.bos, *i[: max_tokens - 2], tokenizer.eos], np.int64) for i in ids]
-
-    def __len__(self) -> int:
-        return len(self._inputs)
-
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
-        """The sample of (epoch, index), inputs (t,) with 3 <= t <= max_tokens or t = 2 for a text without ids."""
-        epoch, index = key
-        if not 0 <= index < len(self):
-            raise IndexError(f"sentence {index} of {len(self)}")
-        return Sample(torch.from_numpy(self._inputs[index].copy()), epoch, index)
-
-
-def _sentence_file(folder: Path, split: str) -> Path | None:
-    files = (folder / f"{split}.tsv", folder / f"{split}.tsv.gz")
-    return next((file for file in files if os.path.isfile(file)), None)
-
-
 def _rows(file: Path) -> list[tuple[str, str]]:
-    try:
-        content = file.read_bytes()
-        content = gzip.decompress(content) if file.suffix == ".gz" else content
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"cannot read {file}: {error}") from error
     rows: list[tuple[str, str]] = []
     bad: list[int] = []
-    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
-        try:
-            label, _, text = (part.strip() for part in line.decode().partition("\t"))
-        except UnicodeDecodeError:
-            label = text = ""
+    for number, line in enumerate(read_lines(file), start=1):
+        label, _, text = (part.strip() for part in (line or "").partition("\t"))
         rows.append((label, text))
         if not (label and text):
             bad.append(number)
     if bad:
-        raise DataError(f"{file} {_lines(bad)}: not 'label<TAB>text' in UTF-8")
-    if not rows:
-        raise DataError(f"{file} is empty")
+        raise DataError(f"{file} {numbered(bad)}: not 'label<TAB>text' in UTF-8")
     return rows
 
 
-def _lines(numbers: list[int]) -> str:
-    more = f" and {len(numbers) - 5:,} more" if len(numbers) > 5 else ""
-    return f"line{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers[:5]))}{more}"
+class SentenceDataset(torch.utils.data.Dataset):
+    """Texts as `<s> a </s>`, or with `others` pairs of them as `<s> a </s> </s> b </s>`, of `max_tokens` at most, asked
+    for by (epoch, index). Of a pair that is too long, the longer text loses what is too much, until both are equally
+    long. `progress` labels a progress line."""
+
+    def __init__(
+        self,
+        texts: Sequence[str],
+        tokenizer: Tokenizer,
+        max_tokens: int = 512,
+        others: Sequence[str] | None = None,
+        progress: str = "",
+    ) -> None:
+        least, specials = ("text and eos", 2) if others is None else ("two texts and three eos", 4)
+        if max_tokens <= specials + (others is not None):
+            raise DataError(f"a sample has bos, {least}: {max_tokens} tokens are too few")
+        bos, eos, room = [tokenizer.bos], [tokenizer.eos], max_tokens - specials
+        flat, ends = array("i"), array("q", [0])
+        self.cut = 0
+        """How many have lost something."""
+        with Progress(progress, len(texts)) as told:
+            for first in range(0, len(texts), ENCODED):
+                rows = tokenizer.encode_batch(texts[first : first + ENCODED])
+                pairs = tokenizer.encode_batch(others[first : first + ENCODED]) if others is not None else []
+                for i, row in enumerate(rows):
+                    other = pairs[i] if pairs else []
+                    left, right = shares(len(row), len(other), room)
+                    self.cut += left + right < len(row) + len(other)
+                    flat.extend(bos + row[:left] + eos + (eos + other[:right] + eos if pairs else []))
+                    ends.append(len(flat))
+                told.advance(len(rows))
+        self._ids, self._ends = np.frombuffer(flat, np.int32), np.frombuffer(ends, np.int64)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """(n,), in tokens."""
+        return np.diff(self._ends)
+
+    def fingerprint(self) -> str:
+        return digest(self._ids, self._ends)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        """The sample of (epoch, index), inputs (t,) with 2 <= t <= max_tokens."""
+        epoch, index = key
+        if not 0 <= index < len(self):
+            raise IndexError(f"sentence {index} of {len(self)}")
+        ids = self._ids[self._ends[index] : self._ends[index + 1]]
+        return Sample(torch.from_numpy(ids.astype(np.int64)), epoch, index)
+
+
+def shares(first: int, second: int, room: int) -> tuple[int, int]:
+    """How many tokens of two texts stay where there is room for so many; equally long ones share it evenly."""
+    if first + second <= room:
+        return first, second
+    short = min(first, second, room // 2)
+    return (short, room - short) if first <= second else (room - short, short)

@@ -38,9 +38,8 @@ class SentenceTexts(SentenceDataset):
     """Sentences by (epoch, index), with their texts; those too long are cut to what the model takes."""
 
     def __init__(self, sentences: Sentences, tokenizer: Tokenizer, max_tokens: int) -> None:
-        super().__init__(sentences, tokenizer, max_tokens)
+        super().__init__(sentences.texts, tokenizer, max_tokens)
         self.texts, self.tokenizer = sentences.texts, tokenizer
-        self.lengths = np.array([len(self[0, i].inputs) for i in range(len(self))], np.int64)
 
     def __getitem__(self, key: tuple[int, int]) -> Sentence:
         sample = super().__getitem__(key)
@@ -81,10 +80,15 @@ def find_tokenizer(config: Config, run: Path | None) -> Tokenizer:
     if len(copies) > 1:
         raise ConfigError(f"{run} holds several tokenizers: {', '.join(file.name for file in copies)}; leave the run's")
     file = copies[0] if copies else _corpus(config, run).tokenizer_path
-    tokenizer, text = open_tokenizer(file), config.model.text
+    return fitting(open_tokenizer(file), config.model)
+
+
+def fitting(tokenizer: Tokenizer, model: ModelConfig) -> Tokenizer:
+    """The tokenizer; raises ConfigError if its ids are not those of the model."""
+    text = model.text
     if (tokenizer.vocabulary, tokenizer.pad) != (text.vocabulary, text.pad):
         raise ConfigError(
-            f"{file} has {tokenizer.vocabulary:,} ids with padding {tokenizer.pad}, the model "
+            f"{tokenizer.path} has {tokenizer.vocabulary:,} ids with padding {tokenizer.pad}, the model "
             f"{text.vocabulary:,} with padding {text.pad}: it is not the tokenizer of this run"
         )
     return tokenizer

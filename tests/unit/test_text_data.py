@@ -96,7 +96,7 @@ def test_sentences(folder, tmp_path):
     assert train.texts == ["fine", "the white whale", "no\tsea"]
     assert (test.labels.tolist(), test.texts) == ([2], ["men"])  # coded as in training
     tokenizer = open_tokenizer(folder / "t.model")
-    dataset = SentenceDataset(train, tokenizer, max_tokens=5)
+    dataset = SentenceDataset(train.texts, tokenizer, max_tokens=5)
     ids = tokenizer.encode_batch(train.texts)
     assert [dataset[1, i].inputs.tolist() for i in range(3)] == [[0, *i[:3], 2] for i in ids]
     assert (dataset[1, 2].epoch, dataset[1, 2].index, dataset[1, 2].inputs.dtype) == (1, 2, torch.int64)
@@ -105,7 +105,7 @@ def test_sentences(folder, tmp_path):
         with pytest.raises(IndexError):
             dataset[0, index]
     with pytest.raises(DataError, match="too few"):
-        SentenceDataset(train, tokenizer, max_tokens=2)
+        SentenceDataset(train.texts, tokenizer, max_tokens=2)
 
 
 @pytest.mark.parametrize(
