@@ -118,6 +118,17 @@ def settings(path: str | Path) -> dict[str, Any]:
     return _metadata(path)[0] if path.suffix == SUFFIX else find(path).settings
 
 
+def assets(path: str | Path) -> dict[str, bytes]:
+    """The files that travel with the weights of what `read` reads, without those."""
+    path = Path(path).expanduser()
+    if path.suffix != SUFFIX:
+        return assets_of(find(path).run)
+    _metadata(path)  # tells, in one line, what cannot be read
+    with safe_open(path, "pt") as file:
+        names = [name for name in file.keys() if name.startswith(ASSETS)]  # noqa: SIM118 (it is no dict)
+        return {name.removeprefix(ASSETS): file.get_tensor(name).numpy().tobytes() for name in names}
+
+
 def _metadata(path: Path) -> tuple[dict[str, Any], int]:
     """Settings and step of a file."""
     try:
@@ -140,15 +151,11 @@ def read(path: str | Path) -> Full:
 
 
 def _read_file(path: Path) -> Full:
-    tensors, assets = {}, {}
     found, step = _metadata(path)
     with safe_open(path, "pt") as file:
-        for name in file.keys():  # noqa: SIM118 (it is no dict)
-            if name.startswith(ASSETS):
-                assets[name.removeprefix(ASSETS)] = file.get_tensor(name).numpy().tobytes()
-            else:
-                tensors[name] = file.get_tensor(name)
-    return Full(tensors, found, step, assets)
+        names = [name for name in file.keys() if not name.startswith(ASSETS)]  # noqa: SIM118 (it is no dict)
+        tensors = {name: file.get_tensor(name) for name in names}
+    return Full(tensors, found, step, assets(path))
 
 
 def _read_checkpoint(found: Checkpoint) -> Full:

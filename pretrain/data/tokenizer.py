@@ -45,11 +45,11 @@ class Tokenizer(ABC):
     unk: int
 
     def __init__(self, path: Path, content: bytes) -> None:
-        self.path = path
+        self.path, self.content = path, content
         self.fingerprint = hashlib.sha256(content).hexdigest()
 
     def __reduce__(self) -> tuple:
-        return open_tokenizer, (self.path,)
+        return open_tokenizer, (self.path, self.content)
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -123,11 +123,12 @@ class HuggingFaceTokenizer(Tokenizer):
         return tokens
 
 
-def open_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer in a SentencePiece `.model` or a Hugging Face `.json` file; raises `DataError` in one line."""
+def open_tokenizer(path: str | Path, content: bytes | None = None) -> Tokenizer:
+    """The tokenizer in a SentencePiece `.model` or a Hugging Face `.json` file, or in `content`, which such a file has;
+    raises `DataError` in one line."""
     path = Path(path).expanduser()
     try:
-        content = path.read_bytes()
+        content = path.read_bytes() if content is None else content
     except OSError as error:
         raise DataError(f"cannot read tokenizer {path}: {error.strerror}") from error
     return (HuggingFaceTokenizer if path.suffix == ".json" else SentencePieceTokenizer)(path, content)
