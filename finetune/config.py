@@ -17,6 +17,7 @@ from pretrain.config import (
     WatchConfig,
     check_settings,
 )
+from pretrain.data.tables import Columns
 from pretrain.settings import ConfigError, build, merge, read_tree, to_tree
 
 
@@ -90,6 +91,22 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class TextTaskConfig:
+    """`task`: one of GLUE, whose public files lie in `data.path`. Else the tables there have `columns`, of fields that
+    may be `quoted`, and `kind` says whether labels are classes or a number; `range` is what the network learns as 0 and
+    as 1 of that (None: the least and the greatest of training). Texts are cut to `max_tokens` (None: to what the model
+    takes). `tokenizer`: a file, where `train.init_from` brings none."""
+
+    task: str = ""
+    columns: Columns = field(default_factory=Columns)
+    quoted: bool = False
+    kind: str = "classes"
+    range: tuple[float, float] | None = None
+    max_tokens: int | None = None
+    tokenizer: str = ""
+
+
+@dataclass(frozen=True)
 class Config:
     """`model` is that of `train.init_from`, where it is given, but for what the YAML says otherwise; positions follow
     another `model.image.size` by themselves. `which` of its encoders the weights come from: student or teacher."""
@@ -104,11 +121,14 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     speech: SpeechTaskConfig = field(default_factory=SpeechTaskConfig)
+    text: TextTaskConfig = field(default_factory=TextTaskConfig)
     run: RunConfig = field(default_factory=RunConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
 
 
 TASKS = {"image": "image", "speech": "audio", "text": "text"}  # and their modalities
+GLUE = ("CoLA", "MNLI", "MRPC", "QNLI", "QQP", "RTE", "SST-2", "STS-B")
+CLASSES, NUMBER = "classes", "number"  # kinds of labels
 SCHEDULES = ("cosine", "linear", "tri_stage")
 CASES = ("lower", "upper", "keep")
 
@@ -188,5 +208,29 @@ def check(config: Config) -> None:
                 min(speech.frame_length, speech.channel_length) >= 1,
                 "speech.frame_length and channel_length are at least 1",
             ),
+            *_text_rules(config),
         ],
     )
+
+
+def _text_rules(config: Config) -> list[tuple[bool, str]]:
+    text, tokens = config.text, config.model.text.tokens
+    columns, low_high = text.columns, text.range
+    return [
+        (text.task in ("", *GLUE), f"text.task={text.task!r}: know {', '.join(GLUE)}; empty for files of your own"),
+        (
+            not text.task or (not columns.given and not text.quoted),
+            f"text.task={text.task} knows its columns; leave out text.columns and text.quoted",
+        ),
+        (
+            not columns.given or bool(columns.a and columns.label),
+            "text.columns needs a and label, and b for pairs, as names or as numbers",
+        ),
+        (text.kind in (CLASSES, NUMBER), f"text.kind={text.kind!r}: know {CLASSES}, {NUMBER}"),
+        (text.kind == CLASSES or text.task in ("", "STS-B"), f"text.task={text.task} has text.kind={CLASSES}"),
+        (low_high is None or low_high[0] < low_high[1], f"text.range={low_high}: low < high"),
+        (
+            text.max_tokens is None or 6 <= text.max_tokens <= tokens,
+            f"text.max_tokens={text.max_tokens} must lie in [6, {tokens}], what the model takes, or be null",
+        ),
+    ]
