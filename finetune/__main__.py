@@ -9,11 +9,12 @@ from finetune.image import ImageTask
 from finetune.plan import describe
 from finetune.speech import SpeechTask
 from finetune.task import Task
+from finetune.text import TextTask
 from finetune.train import FineTuning
 from pretrain.parallel import World
 from pretrain.program import main
 
-KINDS: dict[str, type[Task]] = {"image": ImageTask, "speech": SpeechTask}
+KINDS: dict[str, type[Task]] = {"image": ImageTask, "speech": SpeechTask, "text": TextTask}
 
 
 def start(config: Config, world: World) -> FineTuning:
