@@ -92,10 +92,10 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class TextTaskConfig:
-    """`task`: one of GLUE, whose public files lie in `data.path`. Else the tables there have `columns`, of fields that
-    may be `quoted`, and `kind` says whether labels are classes or a number; `range` is what the network learns as 0 and
-    as 1 of that (None: the least and the greatest of training). Texts are cut to `max_tokens` (None: to what the model
-    takes). `tokenizer`: a file, where `train.init_from` brings none."""
+    """`task`: one of GLUE, whose public files lie in `data.path` or in the folder of its name there. Else the tables
+    there have `columns`, of fields that may be `quoted`, and `kind` says whether labels are classes or a number;
+    `range` is what the network learns as 0 and as 1 of that (None: the least and the greatest of training). Texts are
+    cut to `max_tokens` (None: to what the model takes). `tokenizer`: a file, where `train.init_from` brings none."""
 
     task: str = ""
     columns: Columns = field(default_factory=Columns)

@@ -1,4 +1,4 @@
-"""GLUE's eight tasks of its score: where their public files have what, how they are judged, how tests are submitted.
+"""The eight tasks of GLUE's score: where their public files have what, how they are judged.
 
 None of the files quotes: a double quote is text. CoLA's have no first line of names, but for its tests.
 """
@@ -133,8 +133,3 @@ FIGURES: dict[str, Callable[[NDArray, NDArray], float]] = {
     "pearson": _varying(pearsonr),
     "spearman": _varying(spearmanr),
 }
-
-
-def submission(task: GlueTask, predictions: Sequence[str]) -> str:
-    """A test's file as the benchmark takes it."""
-    return "index\tprediction\n" + "".join(f"{i}\t{told}\n" for i, told in enumerate(predictions))

@@ -97,7 +97,7 @@ class TextTask(Task):
 
     def __init__(self, config: Config, progress: bool) -> None:
         super().__init__(config, progress)
-        self.tokenizer = find_tokenizer(config)
+        self.tokenizer = find_tokenizer(config, travelling(config))
         train = open_texts(config, config.data.split)
         self.meaning = meaning(config, train)
         self.labels = self.meaning.labels
@@ -123,9 +123,8 @@ class TextTask(Task):
 
     @property
     def assets(self) -> dict[str, bytes]:
-        name = self.tokenizer.path.name
-        usual = any(fnmatch(name, pattern) for pattern in TOKENIZERS)
-        return {name if usual else f"tokenizer{self.tokenizer.path.suffix}": self.tokenizer.content}
+        path = self.tokenizer.path
+        return {path.name if is_tokenizer(path.name) else f"tokenizer{path.suffix}": self.tokenizer.content}
 
     def sizes(self, dataset: Any) -> NDArray[np.int64]:
         return dataset.lengths
@@ -155,9 +154,10 @@ def open_texts(config: Config, split: str, labelled: bool = True) -> Texts:
     """The texts of a split. Raises DataError in one line."""
     if not config.data.path:
         raise DataError("data.path is not given: in which folder do the tables lie?")
-    folder, text = Path(resolve(config.data.path)).expanduser(), config.text
+    folder, text = Path(resolve(config.data.path)), config.text
     if text.task:
-        return read_split(glue.TASKS[text.task], folder, split, labelled)
+        own = folder / text.task
+        return read_split(glue.TASKS[text.task], own if own.is_dir() else folder, split, labelled)
     return read_texts(existing_table(folder, split), text.columns, labelled, quoted=text.quoted)
 
 
@@ -203,25 +203,28 @@ def most_tokens(config: Config) -> int:
     return config.text.max_tokens or config.model.text.tokens
 
 
-def find_tokenizer(config: Config) -> Tokenizer:
-    """The run's own, if it has begun, else the one that `train.init_from` brings, else `text.tokenizer`, which must be
-    the same where it is given. Raises ConfigError, CheckpointError or DataError, in one line, if there is none, or it
-    is not that of the model."""
-    text, start = config.text, config.train.init_from
-    there = tokenizers(assets_of(Path(config.run.dir))) or (tokenizers(assets(start)) if start else {})
-    if len(there) > 1:
-        raise ConfigError(
-            f"the weights come with several tokenizers: {', '.join(there)}; leave theirs in the run folder"
-        )
-    own = [open_tokenizer(name, content) for name, content in there.items()]
-    given = [open_tokenizer(text.tokenizer)] if text.tokenizer else []
+def travelling(config: Config) -> dict[str, bytes]:
+    """The files that came with the weights: those of the run, if it has begun, else of `train.init_from`."""
+    own = assets_of(Path(config.run.dir))
+    return own if own or not config.train.init_from else assets(config.train.init_from)
+
+
+def find_tokenizer(config: Config, files: dict[str, bytes]) -> Tokenizer:
+    """The one among `files`, which came with the weights, else `text.tokenizer`, which must be the same where it is
+    given, too. Raises ConfigError or DataError, in one line, if there is none, or it is not that of the model."""
+    given = [open_tokenizer(config.text.tokenizer)] if config.text.tokenizer else []
+    own = [open_tokenizer(name, content) for name, content in files.items() if is_tokenizer(name)]
+    if len(own) > 1:
+        names = ", ".join(tokenizer.path.name for tokenizer in own)
+        raise ConfigError(f"the weights come with several tokenizers: {names}; leave their own")
     if own and given and own[0].fingerprint != given[0].fingerprint:
-        raise ConfigError(f"text.tokenizer={text.tokenizer} is not {own[0].path.name}, which the weights came with")
+        raise ConfigError(f"text.tokenizer={given[0].path} is not {own[0].path.name}, which the weights came with")
     if not own and not given:
-        where = f"train.init_from={start} brings none" if start else "without train.init_from"
-        raise ConfigError(f"no tokenizer: {where}; give text.tokenizer")
+        raise ConfigError(
+            f"no tokenizer came with the weights (train.init_from={config.train.init_from!r}); give text.tokenizer"
+        )
     return fitting((own or given)[0], config.model)
 
 
-def tokenizers(files: dict[str, bytes]) -> dict[str, bytes]:
-    return {name: content for name, content in files.items() if any(fnmatch(name, p) for p in TOKENIZERS)}
+def is_tokenizer(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in TOKENIZERS)

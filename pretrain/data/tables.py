@@ -16,7 +16,7 @@ from pretrain.data.sources import DataError
 @dataclass(frozen=True)
 class Columns:
     """Where a table has its texts, alone (`a`) or in pairs, and their labels: names in its first line, or numbers, from
-    1, where that is a line like the others. None given: lines are `label<TAB>text`."""
+    1, where that is a line like the others. None given: lines are `label<TAB>text`, whose text may hold tabs."""
 
     a: str = ""
     b: str = ""
@@ -70,7 +70,7 @@ def read_texts(
 ) -> Texts:
     """The texts of a table, and with `labelled` their labels.
 
-    `quoted`: a field may stand in double quotes, and then hold tabs, ends of lines and doubled quotes; else quotes are
+    Where lines are `label<TAB>text`, those without labels may be text alone. `quoted`: a field may stand in double quotes, and then hold tabs, ends of lines and doubled quotes; else quotes are
     text. `ragged`: lines with another number of fields than the first one are left out. Raises DataError, in one line,
     for a column that is not there and, with the numbers of the lines, for what is not UTF-8, has another number of
     fields, or no label.
@@ -79,6 +79,8 @@ def read_texts(
     if bad := [number for number, line in enumerate(lines, start=1) if line is None]:
         raise DataError(f"{file} {numbered(bad)}: not UTF-8")
     rows = _rows(file, [line or "" for line in lines], columns, quoted)
+    if columns == PLAIN and not labelled:
+        rows = [(end, ["", *row][-2:]) for end, row in rows]
     first, width = rows[0][1], 2 if columns == PLAIN else len(rows[0][1])
     places = _places(file, columns, first, labelled)
     every = rows[1:] if columns.named else rows
