@@ -23,7 +23,7 @@ from models.config import ModelConfig
 from pretrain.data.fetch import resolve
 from pretrain.data.names import digest
 from pretrain.data.sources import DataError, Sample
-from pretrain.data.tables import Texts, existing_table, numbered, read_texts
+from pretrain.data.tables import Texts, existing_table, numbered, read_texts, refuse_empty
 from pretrain.data.text import SentenceDataset
 from pretrain.data.tokenizer import Tokenizer, open_tokenizer
 from pretrain.full import TOKENIZERS, assets, assets_of
@@ -158,7 +158,11 @@ def open_texts(config: Config, split: str, labelled: bool = True) -> Texts:
     if text.task:
         own = folder / text.task
         return read_split(glue.TASKS[text.task], own if own.is_dir() else folder, split, labelled)
-    return read_texts(existing_table(folder, split), text.columns, labelled, quoted=text.quoted)
+    found = read_texts(existing_table(folder, split), text.columns, labelled, quoted=text.quoted)
+    refuse_empty(found, found.first, "text")
+    if found.second is not None:
+        refuse_empty(found, found.second, "second text")
+    return found
 
 
 def meaning(config: Config, train: Texts) -> Meaning:

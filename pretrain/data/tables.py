@@ -70,10 +70,10 @@ def read_texts(
 ) -> Texts:
     """The texts of a table, and with `labelled` their labels.
 
-    Where lines are `label<TAB>text`, those without labels may be text alone. `quoted`: a field may stand in double quotes, and then hold tabs, ends of lines and doubled quotes; else quotes are
-    text. `ragged`: lines with another number of fields than the first one are left out. Raises DataError, in one line,
-    for a column that is not there and, with the numbers of the lines, for what is not UTF-8, has another number of
-    fields, or no label.
+    Where lines are `label<TAB>text`, those without labels may be text alone. `quoted`: a field may stand in double
+    quotes, and then hold tabs, ends of lines and doubled quotes; else quotes are text. `ragged`: lines with another
+    number of fields than the first one are left out. Raises DataError, in one line, for a column that is not there and,
+    with the numbers of the lines, for what is not UTF-8, has another number of fields, or no label.
     """
     lines = read_lines(file)
     if bad := [number for number, line in enumerate(lines, start=1) if line is None]:
@@ -92,11 +92,16 @@ def read_texts(
         raise DataError(f"{file} has no texts")
     a, b, label = (None if place is None else [row[place].strip() for _, row in rows] for place in places)
     assert a is not None
-    if label and not all(label):
-        raise DataError(
-            f"{file} {numbered([end for (end, _), text in zip(rows, label, strict=True) if not text])}: no label"
-        )
-    return Texts(file, a, b, label, [end for end, _ in rows], len(every) - len(rows))
+    found = Texts(file, a, b, label, [end for end, _ in rows], len(every) - len(rows))
+    if label:
+        refuse_empty(found, label, "label")
+    return found
+
+
+def refuse_empty(texts: Texts, fields: Sequence[str], what: str) -> None:
+    """Raises DataError, with the lines, if a row has none of `what`."""
+    if bad := [line for line, field in zip(texts.lines, fields, strict=True) if not field]:
+        raise DataError(f"{texts.file} {numbered(bad)}: no {what}")
 
 
 def read_lines(file: Path) -> list[str | None]:
