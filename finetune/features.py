@@ -60,16 +60,10 @@ class FrozenEncoder:
         return MODALITIES[self.config.modality].seen(self._states(inputs, lengths), lengths, self.config)
 
     def _states(self, inputs: Tensor, lengths: Tensor | None) -> Iterator[Tensor]:
-        """Local features, then the output of each main block, (B, T, D) without extra tokens."""
+        """See `Encoder.states`."""
         lengths = None if lengths is None else lengths.to(self.device)
         assert self.encoder.local is not None
-        local = self.encoder.local(inputs.to(self.device), lengths)
-        if lengths is not None:
-            local = local * real_positions(local, lengths)  # nothing comes from behind the end, as in a sample alone
-        yield local
-        x, bias = self.encoder.context(local, lengths=lengths, ends=lengths)
-        for output, _ in self.encoder.layers(x, bias):
-            yield output[:, self.config.extra_tokens :]
+        return self.encoder.states(self.encoder.local(inputs.to(self.device), lengths), lengths)
 
     def represent(self, batch: Inputs) -> Tensor:
         return self(batch.inputs, batch.lengths)

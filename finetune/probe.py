@@ -35,7 +35,7 @@ from pretrain.data.sources import DataError
 from pretrain.files import write_atomically
 from pretrain.full import WHICH
 from pretrain.labelled.modality import MODALITIES
-from pretrain.labelled.samples import Labelled, Labels, Matrix, Represent, Samples, balanced_order
+from pretrain.labelled.samples import Labelled, Labels, Matrix, Represent, Samples, balanced_order, spread
 from pretrain.progress import Progress
 from pretrain.saved import find
 from pretrain.settings import ConfigError
@@ -258,11 +258,6 @@ def compare(
         table.rows[name] = probe(*task, labels, f"probes on {name}")
     table.save(found.run / "probe.json")
     return table
-
-
-def spread(labels: Labels, most: int) -> Labels:
-    """Indices of at most `most` samples, evenly over classes, ascending."""
-    return np.sort(balanced_order(labels, seed=0)[:most])
 
 
 def count_of_labels(text: str) -> Count:

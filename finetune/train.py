@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -130,7 +130,7 @@ class FineTuning:
         collate = partial(task.collate, task.train.references)
         return load_batches(dataset, keys, collate, self.config.data.workers, self.world)
 
-    def evaluation(self, dataset: Any, trainer: Trainer) -> Evaluations:
+    def evaluation(self, dataset: Any, trainer: Trainer, note: Callable[[str], None]) -> Evaluations:
         return Evaluations(self.task, trainer.engine, self.world, self.config.train.steps)
 
     def assets(self, dataset: Any) -> dict[str, bytes]:

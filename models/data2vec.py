@@ -5,7 +5,7 @@ Shapes: B samples, M masks a sample, N = B*M rows, T positions, K kept positions
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from models.decoder import Decoder
 from models.encoder import Block, init_linear
 from models.fused.attention import Bias
 from models.image import PatchEmbedding, SinCosPositions
-from models.masks import gather_rows, scatter_rows
+from models.masks import gather_rows, real_positions, scatter_rows
 from models.movable import Movable
 from models.targets import Moments, moments, normalise_layer, normalise_mean, summed_loss
 from models.text import InFeatures, TokenEmbedding
@@ -64,6 +64,15 @@ class Batch(Movable):
         return self.ids_mask.numel()
 
 
+@dataclass(frozen=True)
+class FullView(Movable):
+    """Samples for the teacher alone; `see` makes a tensor of its states (`Encoder.states`) and of the lengths."""
+
+    inputs: Tensor
+    lengths: Tensor | None
+    see: Callable[[Iterator[Tensor], Tensor | None], Tensor]
+
+
 class Output(NamedTuple):
     """What one micro-batch adds to the step. Sums, because the divisors are those of the global batch."""
 
@@ -95,6 +104,7 @@ class Encoder(nn.Module):
         self.local: Any = None if given else front.local(config)
         self.positions = front.positions(config)
         self.alibi = Alibi(config.heads) if front.alibi else None
+        self.leading = config.extra_tokens
         self.extra_tokens = ExtraTokens(config.extra_tokens, config.width) if config.extra_tokens else None
         self.context_norm: nn.Module = nn.Identity()
         if config.prenet_depth or front.context_norm:
@@ -144,6 +154,18 @@ class Encoder(nn.Module):
             if i not in dropped:
                 x, ffn = block(x, bias)
                 yield x, ffn
+
+    def states(self, features: Tensor, lengths: Tensor | None = None) -> Iterator[Tensor]:
+        """Local features and then each main block's output, without masks: (B, T, D) in fp32, extra tokens left out.
+
+        Nothing comes from behind the end of a padded sample, as if it were alone.
+        """
+        if lengths is not None:
+            features = features * real_positions(features, lengths)
+        yield features.float()
+        x, bias = self.context(features, lengths=lengths, ends=lengths)
+        for output, _ in self.layers(x, bias):
+            yield output[:, self.leading :].float()
 
     def forward(
         self,
@@ -205,6 +227,11 @@ class Data2Vec(nn.Module):
         assert total is not None
         return normalise_mean(total / config.top_k_layers, config)
 
+    def teacher_states(self, inputs: Tensor, lengths: Tensor | None = None) -> Iterator[Tensor]:
+        """What the teacher makes of full inputs: see `Encoder.states`."""
+        local = self.student.local if self.teacher.local is None else self.teacher.local
+        yield from self.teacher.states(local(inputs, lengths), lengths)
+
     def predict(self, encoded: Tensor, batch: Batch) -> Tensor:
         """Student output (N, E+K, D) -> predictions (N, T-K, D) at the hidden positions."""
         config = self.config
@@ -213,11 +240,14 @@ class Data2Vec(nn.Module):
         full = scatter_rows(kept, batch.ids_keep, length, config.mask.noise_std, batch.seeds)
         return self.decoder.proj(self.decoder(full, batch.ids_mask))
 
-    def forward(self, batch: Batch, seed: int = 0) -> Output:
+    def forward(self, batch: Batch | FullView, seed: int = 0) -> Output | Tensor:
         """One micro-batch: targets from the teacher's full view, predictions from M masked views, their distance.
 
-        `seed` chooses the blocks that layer drop leaves out; give the same to all ranks.
+        `seed` chooses the blocks that layer drop leaves out; give the same to all ranks. Of a FullView, what is seen in
+        it, and nothing else.
         """
+        if isinstance(batch, FullView):
+            return batch.see(self.teacher_states(batch.inputs, batch.lengths), batch.lengths)
         loss, scale = self.config.loss, self.config.loss_scale
         features = self.student.local(batch.inputs, batch.lengths)
         targets = self.targets(batch.inputs, features.detach(), batch.lengths)

@@ -39,6 +39,7 @@ PACKING = "train.micro_batch"  # of samples that differ in length it decides whi
 FREE = (
     "run.",
     "watch.",
+    "probe.",
     "data.workers",
     "data.path",
     "data.max_failed_share",

@@ -126,12 +126,27 @@ class WatchConfig:
 
 
 @dataclass(frozen=True)
+class ProbeConfig:
+    """Every `every` steps (0: never) the teacher is probed: `samples` labelled training samples tell `test` test
+    samples' classes, both evenly over classes, by the nearest `neighbours` and by ridge regression. They lie at `path`,
+    or else at `data.path`. Probes take no more than `share` of the run's time: what would exceed it is skipped."""
+
+    every: int = 0
+    path: str = ""
+    samples: int = 2000
+    test: int = 1000
+    share: float = 0.02
+    neighbours: int = 10
+
+
+@dataclass(frozen=True)
 class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
     run: RunConfig = field(default_factory=RunConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
 
@@ -186,6 +201,12 @@ def check(config: Config) -> None:
         (config.ema.anneal_steps >= 0, f"ema.anneal_steps={config.ema.anneal_steps} must be 0 or more"),
         (0 <= config.ema.start <= 1 and 0 <= config.ema.end <= 1, "ema.start and ema.end must lie in [0, 1]"),
     ]
+    probe = config.probe
+    rules += [
+        (getattr(probe, name) >= least, f"probe.{name}={getattr(probe, name)} must be at least {least}")
+        for name, least in (("every", 0), ("samples", 1), ("test", 1), ("neighbours", 1))
+    ]
+    rules.append((0 < probe.share <= 1, f"probe.share={probe.share} must lie in (0, 1]"))
     audio = config.data.audio
     if config.model.modality == "audio" and not problems(config.model):
         least = int(audio.min_seconds * RATE)

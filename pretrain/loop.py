@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -79,7 +79,8 @@ class Job(Protocol):
     def batches(self, dataset: Any, trainer: Any) -> Generator[Any, None, None]:
         """This rank's micro-batches from `trainer.state` on."""
 
-    def evaluation(self, dataset: Any, trainer: Any) -> Evaluation | None: ...
+    def evaluation(self, dataset: Any, trainer: Any, note: Callable[[str], None]) -> Evaluation | None:
+        """`note` takes lines for the log."""
 
     def assets(self, dataset: Any) -> dict[str, bytes]:
         """Files, by name, that the weights mean nothing without; the run folder keeps them."""
@@ -128,7 +129,7 @@ def run(job: Job) -> int:
         recorder.say(f"weights: {config.train.init_from}, step {start.step}")
     for note in dataset.notes:
         recorder.say(f"data: {note}")
-    evaluation = job.evaluation(dataset, trainer)
+    evaluation = job.evaluation(dataset, trainer, recorder.note)
     watchdog = Watchdog(config.watch, folder, peers, recorder.say)
     stop = StopRequest(world)
     batches = job.batches(dataset, trainer)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 
 import deepspeed
@@ -150,8 +150,12 @@ class PreTraining:
     def batches(self, dataset: Dataset, trainer: Trainer) -> Generator[Batch, None, None]:
         return build_loader(dataset, self.config, trainer.plan, self.world, trainer.state.batches)
 
-    def evaluation(self, dataset: Dataset, trainer: Trainer) -> Evaluation | None:
-        return None
+    def evaluation(self, dataset: Dataset, trainer: Trainer, note: Callable[[str], None]) -> Evaluation | None:
+        if not self.config.probe.every:
+            return None
+        from pretrain.probe import Probe  # scikit-learn takes seconds to import, and only this needs it
+
+        return Probe(self.config, trainer.engine, trainer.plan, self.world, note)
 
     def assets(self, dataset: Dataset) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in dataset.assets}

@@ -79,6 +79,14 @@ class Modality:
     """(what a sample is, what a step takes), for a heading."""
 
 
+def collate_genuine(
+    modality: Modality, config: ModelConfig, samples: Sequence[Sample]
+) -> tuple[Inputs, list[tuple[str, ...]]]:
+    """Samples as the encoder takes them; and of each the files that could not be read on the way to it: if there are
+    any, another one stands in for it."""
+    return modality.collate(config, samples), [sample.failures for sample in samples]
+
+
 class Source(Protocol):
     """What lies in one split."""
 
@@ -136,6 +144,11 @@ def balanced_order(labels: Labels, seed: int) -> Labels:
         members = shuffled[labels[shuffled] == label]
         rank[members] = np.arange(len(members))
     return np.lexsort((rng.random(len(labels)), rank))
+
+
+def spread(labels: Labels, most: int) -> Labels:
+    """Indices of at most `most` samples, evenly over classes, ascending."""
+    return np.sort(balanced_order(labels, seed=0)[:most])
 
 
 def pad(samples: Sequence[Sample], config: ModelConfig, value: float = 0) -> Inputs:

@@ -50,7 +50,9 @@ def labelled(config: Config, path: str, run: Path | None = None) -> Labelled:
     try:
         train, test = open_sentences(path, "train"), open_sentences(path, "test")
     except DataError as error:
-        raise NoProbe(f"no probe without labelled sentences: {error}; choose a folder of them with --data") from None
+        raise NoProbe(
+            f"no probe without labelled sentences: {error}; give a folder of them (--data, or probe.path of a run)"
+        ) from None
     refuse_shared(test.texts, train.texts, path, TEXT.unit)
     tokenizer = find_tokenizer(config, run)
     most = config.model.text.tokens
