@@ -1,6 +1,7 @@
 """How well classes can be told from frozen features: k nearest neighbours and a linear probe, on few labels and on all.
 
 python -m finetune.probe RUN_OR_CHECKPOINT [--labels 100 1000 all] [--which teacher|student] [--data PATH]
+python -m finetune.probe --features TRAIN TEST [--labels 100 1000 all]     # as python -m finetune.features writes them
 
 One procedure for every representation. Both probes see features that are centred on the labelled samples; the
 neighbours are then those of greatest cosine, the linear probe's features are divided by their deviations. Sparse
@@ -28,6 +29,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import normalize
 
 from finetune.features import FrozenEncoder, extract_each, load_encoder
+from finetune.stored import load
 from pretrain.checkpoint import CheckpointError
 from pretrain.config import Config
 from pretrain.data.fetch import resolve
@@ -35,7 +37,18 @@ from pretrain.data.sources import DataError
 from pretrain.files import write_atomically
 from pretrain.full import WHICH
 from pretrain.labelled.modality import MODALITIES
-from pretrain.labelled.samples import Labelled, Labels, Matrix, Represent, Samples, balanced_order, spread
+from pretrain.labelled.samples import (
+    Labelled,
+    Labels,
+    Matrix,
+    NoProbe,
+    Represent,
+    Samples,
+    balanced_order,
+    refuse_shared,
+    renumbered,
+    spread,
+)
 from pretrain.progress import Progress
 from pretrain.saved import find
 from pretrain.settings import ConfigError
@@ -81,7 +94,7 @@ class ProbeTable:
 
     @property
     def counts(self) -> list[str]:
-        return list(self.rows[PRETRAINED]["knn"])
+        return list(next(iter(self.rows.values()))["knn"])
 
     @property
     def baseline(self) -> str:
@@ -260,18 +273,54 @@ def compare(
     return table
 
 
+def compare_stored(train: str | Path, test: str | Path, labels: Sequence[Count] = COUNTS) -> ProbeTable:
+    """Probes stored features, a row for each kind and block of them.
+
+    Raises NoProbe, ConfigError or DataError, in one line, for features that are incomplete, not of one model, without
+    labels, or of every position.
+    """
+    (index, x), (held, test_x) = load(train), load(test)
+    for key in ("weights", "what", "blocks", "dtype"):
+        if index.settings[key] != held.settings[key]:
+            differ = f"{index.settings[key]} and {held.settings[key]}"
+            raise ConfigError(f"{train} and {test} differ in {key}: {differ}; extract them alike")
+    if index.settings["what"] == "positions":
+        raise ConfigError(f"{train} holds every position; probes take --what pooled or --what probe")
+    if index.labels is None or held.labels is None:
+        raise NoProbe(f"no probe: the features in {train if index.labels is None else test} have no labels")
+    unit = MODALITIES[index.about["modality"]].unit
+    refuse_shared(held.names, index.names, str(test), unit)
+    train_y, test_y = np.array(index.labels), renumbered(np.array(held.labels), held.classes, index.classes)
+    if (test_y < 0).any() or not usable(train_y, labels):
+        raise NoProbe(f"no probe: {test} has other classes than {train}, or --labels are fewer than those")
+    train_ids, test_ids = spread(train_y, MOST_TRAIN), spread(test_y, MOST_TEST)
+    table = ProbeTable(index.about["step"], index.about["which"], len(train_ids), len(test_ids), index.classes)
+    table.unit, table.data = unit, str(train)
+    for name in x:
+        if x[name].ndim == 2:
+            task = x[name][train_ids], train_y[train_ids], test_x[name][test_ids], test_y[test_ids]
+            table.rows[name] = probe(*task, labels, f"probes on {name}")
+    return table
+
+
 def count_of_labels(text: str) -> Count:
     return ALL if text == ALL else int(text)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser("finetune.probe", description="kNN and linear probes on a run's frozen features.")
-    parser.add_argument("path", help="a run folder, or one of its checkpoints/step_*")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("path", nargs="?", help="a run folder, or one of its checkpoints/step_*")
+    what.add_argument("--features", nargs=2, metavar=("TRAIN", "TEST"), help="folders of python -m finetune.features")
     parser.add_argument("--labels", nargs="+", type=count_of_labels, default=list(COUNTS), metavar="N", help="or all")
     parser.add_argument("--which", choices=WHICH, default="teacher")
     parser.add_argument("--data", default="", metavar="PATH", help="labelled train and test data; default: the run's")
     args = parser.parse_args()
     try:
+        if args.features:
+            train, test = args.features
+            print(f"\n{compare_stored(train, test, args.labels)}")
+            return 0
         table = compare(args.path, args.labels, args.which, args.data)
     except (ConfigError, DataError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)

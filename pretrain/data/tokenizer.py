@@ -124,8 +124,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def open_tokenizer(path: str | Path, content: bytes | None = None) -> Tokenizer:
-    """The tokenizer in a SentencePiece `.model` or a Hugging Face `.json` file, or in `content`, which such a file has;
-    raises `DataError` in one line."""
+    """The tokenizer in a SentencePiece `.model` or a Hugging Face `.json` file, or in its `content`, if that is at
+    hand; raises `DataError` in one line."""
     path = Path(path).expanduser()
     try:
         content = path.read_bytes() if content is None else content
