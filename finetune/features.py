@@ -90,7 +90,8 @@ class FrozenEncoder:
 
         `inputs` is a tensor, as the model's batches have it, uint8 (B, C, H, W), waveforms (B, samples) or ids (B, T),
         with `lengths` (B,) in positions if some are padded; or a sequence of samples as one has them: PIL images or
-        uint8 arrays, waveforms at 16 kHz, or texts (`finetune.inputs.in_memory`), all in one batch.
+        uint8 arrays, waveforms at 16 kHz, or texts (`finetune.inputs.in_memory`), all in one batch. Within reach of the
+        positions' convolutions, the last frames of a padded waveform are not quite what they are in it alone.
 
         Raises IndexError if there is no such block, DataError for samples that cannot be used.
         """
@@ -235,7 +236,7 @@ def store(
     about = {"model": str(path), "which": which, "step": full.step, "modality": config.modality, "width": config.width}
     index = Index(settings, about | {"data": data, "split": split}, source.classes, source.left_out)
     written = Store(out, index, len(source.samples))
-    if not written.index.complete:
+    if written.missing() or not written.index.complete:
         _write(written, encoder, source, partial(_look, encoder, what, blocks, DTYPES[dtype]), batch_size, workers)
     index = written.index
     lost = [*index.left_out, *(told for part in index.shards for told in part.left_out.values())]
