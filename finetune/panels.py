@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ STYLE: dict[Any, Any] = {
 }
 
 ROWS = 6  # of samples in the lower panels
+METRICS = ("step", "loss", "target_deviation", "prediction_deviation")
+PROBES = ("step", "probe/knn", "probe/linear")
 
 
 @dataclass(frozen=True)
@@ -77,15 +80,14 @@ class Shown:
         return "training" if self.queries is self.gallery else "test"
 
 
-def read_metrics(path: Path) -> dict[str, NDArray[np.float64]]:
-    """Columns of metrics.jsonl; empty if there is none. A last line torn by a kill is left out."""
+def read_metrics(path: Path, names: Sequence[str] = METRICS) -> dict[str, NDArray[np.float64]]:
+    """Columns of metrics.jsonl or eval.jsonl; empty if there is none. A last line torn by a kill is left out."""
     lines = []
     for line in path.read_text().splitlines() if path.is_file() else ():
         try:
             lines.append(json.loads(line))
         except json.JSONDecodeError:
             break
-    names = ("step", "loss", "target_deviation", "prediction_deviation")
     return {name: np.array([line[name] for line in lines], float) for name in names}
 
 
@@ -116,7 +118,13 @@ def draw_loss(axes: Axes, metrics: dict[str, NDArray[np.float64]], config: Confi
     _steps(axes)
 
 
-def draw_deviations(axes: Axes, metrics: dict[str, NDArray[np.float64]], config: Config) -> None:
+def draw_deviations(
+    axes: Axes,
+    metrics: dict[str, NDArray[np.float64]],
+    config: Config,
+    probes: dict[str, NDArray[np.float64]],
+) -> None:
+    """With the accuracies of the probes that the run has taken, if it has."""
     position = MODALITIES[config.model.modality].position
     titled(axes, "Deviation of targets and predictions", f"near 0, all {position} would look alike: collapse")
     steps = metrics["step"]
@@ -128,6 +136,9 @@ def draw_deviations(axes: Axes, metrics: dict[str, NDArray[np.float64]], config:
         axes.plot(steps, metrics[f"{name}_deviation"], color=colour, lw=2, label=name, marker=marker, ms=3.5)
         if least:
             axes.axhline(least, color=colour, lw=1, ls=":")
+    if len(probes["step"]):
+        for name, colour, label in (("probe/knn", GREEN, "kNN probe"), ("probe/linear", ORANGE, "linear probe")):
+            axes.plot(probes["step"], probes[name], color=colour, lw=1.5, ls="--", marker="o", ms=3, label=label)
     highest = max(metrics[f"{name}_deviation"].max(initial=0) for name in ("target", "prediction"))
     axes.set_ylim(0, max(1.1, 1.1 * highest))
     axes.legend(loc="best", ncols=2, handlelength=1.4)

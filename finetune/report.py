@@ -26,6 +26,7 @@ from finetune.features import FrozenEncoder, load_encoder
 from finetune.panels import (
     BLUE,
     MUTED,
+    PROBES,
     ROWS,
     STYLE,
     Shown,
@@ -82,7 +83,8 @@ def draw(found: Checkpoint, shown: Shown, table: ProbeTable | None, note: str) -
         top = figure.add_gridspec(1, 3, left=0.045, right=0.975, top=0.838, bottom=0.585, width_ratios=(1, 1, 1.6))
         metrics = read_metrics(found.run / "metrics.jsonl")
         draw_loss(figure.add_subplot(top[0]), metrics, config)
-        draw_deviations(figure.add_subplot(top[1]), metrics, config)
+        probes = read_metrics(found.run / "eval.jsonl", PROBES)
+        draw_deviations(figure.add_subplot(top[1]), metrics, config, probes)
         if table:
             draw_table(figure, top[2], table)
         else:

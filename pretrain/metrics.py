@@ -21,7 +21,7 @@ class Recorder:
     """Writes for the main rank; the others only `note`.
 
     `metrics.jsonl` and `eval.jsonl` hold only what the run determines, so that after a kill and a resume they are byte
-    for byte those of a run never killed. Times are in `speed.jsonl`.
+    for byte those of a run never killed; but for probes that the clock has skipped. Times are in `speed.jsonl`.
     """
 
     def __init__(

@@ -30,7 +30,7 @@ from pretrain.progress import Progress
 from pretrain.settings import ConfigError
 
 KEPT = 1 << 30  # bytes of decoded samples that a rank keeps for the next probe; what is more is read again
-RIDGE = 0.1  # of what the features' Gram matrix has on its diagonal in the mean
+RIDGE = 0.003  # of what the features' Gram matrix has on its diagonal in the mean
 
 Loaded = tuple[Inputs, list[tuple[str, ...]]]
 
