@@ -169,17 +169,6 @@ def _read_checkpoint(found: Checkpoint) -> Full:
         raise CheckpointError(f"{found.folder}: {error}") from None
 
 
-def assets(path: str | Path) -> dict[str, bytes]:
-    """The files that belong to what `read` reads, without its weights."""
-    path = Path(path).expanduser()
-    if path.suffix != SUFFIX:
-        return assets_of(find(path).run)
-    _metadata(path)  # or it is no such file
-    with safe_open(path, "pt") as file:
-        names = [name for name in file.keys() if name.startswith(ASSETS)]  # noqa: SIM118 (it is no dict)
-        return {name.removeprefix(ASSETS): file.get_tensor(name).numpy().tobytes() for name in names}
-
-
 def assets_of(run: Path) -> dict[str, bytes]:
     """The files of a run folder that travel with its weights."""
     return {path.name: path.read_bytes() for pattern in (*TOKENIZERS, LABELS) for path in sorted(run.glob(pattern))}
