@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from pretrain.checkpoint import CheckpointError
 from pretrain.data.tokenizer import SPECIALS, SentencePieceTokenizer, Tokenizer
 
-NORMAL, CONTROL, UNUSED = 1, 3, 5  # kinds of pieces; the others are the unknown one, a user's, and bytes
+NORMAL, CONTROL, OWN, UNUSED = 1, 3, 4, 5  # kinds of pieces; the others are the unknown one and bytes
 UNIGRAM, BPE = 1, 2
 SPACE = "\u2581"
 UNKNOWN = "\ue000"  # a private character, in no vocabulary
@@ -75,7 +75,11 @@ def write(tokenizer: Tokenizer, folder: Path, longest: int) -> None:
 
 
 def from_sentencepiece(tokenizer: SentencePieceTokenizer, content: bytes) -> tokenizers.Tokenizer:
-    """The same BPE or unigram model, without the special tokens that are put around a text."""
+    """The same BPE or unigram model, without the special tokens that are put around a text.
+
+    Where two cuts of a text are equally likely to a unigram model, SentencePiece lets the rounding of its sums choose,
+    and another cut may be chosen here. BPE has no such cases.
+    """
     proto = sentencepiece_model_pb2.ModelProto.FromString(content)  # type: ignore[attr-defined]
     trainer, rules, pieces = proto.trainer_spec, proto.normalizer_spec, proto.pieces
     if strange := [
@@ -87,11 +91,11 @@ def from_sentencepiece(tokenizer: SentencePieceTokenizer, content: bytes) -> tok
             ),
             ("spaces as suffixes", trainer.treat_whitespace_as_suffix),
             ("spaces that are not escaped", not rules.escape_whitespaces),
-            ("pieces of a user's own, or unused", any(p.type in (4, UNUSED) for p in pieces)),
+            ("pieces of a user's own, or unused", any(p.type in (OWN, UNUSED) for p in pieces)),
         )
         if there
     ]:
-        raise CheckpointError(f"{tokenizer.path} has {' and '.join(strange)}; there is no tokenizer.json of that")
+        raise CheckpointError(f"{tokenizer.path.name} has {' and '.join(strange)}; there is no tokenizer.json of that")
     names = [piece.piece for piece in pieces]
     unknown: list[Any] = []
     if trainer.model_type == BPE:

@@ -135,7 +135,7 @@ def _tokenizer(folder: Path, model: ModelConfig) -> Tokenizer | None:
     try:
         tokenizer = open_tokenizer(files[0])
     except DataError as error:
-        raise CheckpointError(str(error)) from None
+        raise CheckpointError(str(error).replace(f"{folder}/", "")) from None
     if (tokenizer.vocabulary, tokenizer.pad) != (model.text.vocabulary, model.text.pad):
         raise CheckpointError(
             f"{files[0].name} has {tokenizer.vocabulary:,} ids with padding {tokenizer.pad}, the model "
