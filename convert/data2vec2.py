@@ -40,6 +40,7 @@ def config(model: ModelConfig, head: HeadConfig | None) -> dict[str, Any]:
         "layer_norm_eps": model.norm_eps,
         "hidden_dropout": model.dropout.residual,
         "attention_dropout": model.dropout.attention,
+        "activation_dropout": model.dropout.activation,
         "mlp_dropout": model.dropout.mlp,
         "prenet_dropout": model.dropout.prenet,
         "head_dropout": 0.0 if head is None else head.dropout,
@@ -48,6 +49,7 @@ def config(model: ModelConfig, head: HeadConfig | None) -> dict[str, Any]:
         out |= {
             "image_size": model.image.size,
             "patch_size": model.image.patch,
+            "position_grid": model.image.positions,
             "num_channels": model.image.channels,
             "num_extra_tokens": model.extra_tokens,
         }

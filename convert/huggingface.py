@@ -301,4 +301,4 @@ def _outputs(
     encoder = Encoder(model).eval()
     encoder.load_state_dict(tensors)
     features = encoder.local(inputs, lengths)
-    return encoder(features * real_positions(features, lengths), lengths=lengths)
+    return encoder(features * real_positions(features, lengths), lengths=lengths, ends=lengths)

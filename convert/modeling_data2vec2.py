@@ -16,9 +16,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOu
 
 
 class Data2Vec2Config(PretrainedConfig):
-    """`num_hidden_layers` counts the `num_prenet_layers` too. `image_size`: what the patches' positions were trained
-    at. Of the dropouts, `hidden` acts behind attention, `mlp` behind the MLP, `prenet` in front of the first block and
-    `head` in front of the outputs."""
+    """`num_hidden_layers` counts the `num_prenet_layers` too. `position_grid`: the side of the grid of patches whose
+    positions were learned (0: that of `image_size`). Of the dropouts, `hidden` acts behind attention, `activation`
+    within the MLP and `mlp` behind it, `prenet` in front of the first block and `head` in front of the outputs."""
 
     model_type = "data2vec2"
 
@@ -33,11 +33,13 @@ class Data2Vec2Config(PretrainedConfig):
         layer_norm_eps: float = 1e-6,
         hidden_dropout: float = 0.0,
         attention_dropout: float = 0.0,
+        activation_dropout: float = 0.0,
         mlp_dropout: float = 0.0,
         prenet_dropout: float = 0.0,
         head_dropout: float = 0.0,
         image_size: int = 224,
         patch_size: int = 16,
+        position_grid: int = 0,
         num_channels: int = 3,
         num_extra_tokens: int = 1,
         conv_dim: int = 512,
@@ -60,11 +62,13 @@ class Data2Vec2Config(PretrainedConfig):
         self.layer_norm_eps = layer_norm_eps
         self.hidden_dropout = hidden_dropout
         self.attention_dropout = attention_dropout
+        self.activation_dropout = activation_dropout
         self.mlp_dropout = mlp_dropout
         self.prenet_dropout = prenet_dropout
         self.head_dropout = head_dropout
         self.image_size = image_size
         self.patch_size = patch_size
+        self.position_grid = position_grid
         self.num_channels = num_channels
         self.num_extra_tokens = num_extra_tokens
         self.conv_dim = conv_dim
@@ -94,7 +98,7 @@ class PatchEmbedding(nn.Module):
     def __init__(self, config: Data2Vec2Config) -> None:
         super().__init__()
         self.proj = nn.Conv2d(config.num_channels, config.hidden_size, config.patch_size, config.patch_size)
-        self.grid = config.image_size // config.patch_size
+        self.grid = config.position_grid or config.image_size // config.patch_size
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, channels, height, width) -> (B, T, D)."""
@@ -107,7 +111,7 @@ class PatchEmbedding(nn.Module):
 
 def sincos_positions(width: int, rows: int, columns: int, grid: int, device: torch.device) -> Tensor:
     """(rows * columns, width): the column in the first half, the row in the second, by sines and cosines. A grid of
-    another size than the trained `grid` is laid over it, centres between the same borders."""
+    another size than the learned `grid` is laid over it, centres between the same borders."""
     omega = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
 
     def axis(count: int) -> Tensor:
@@ -160,12 +164,13 @@ class RelativePositions(nn.Module):
             for _ in range(config.num_position_layers)
         )
 
-    def forward(self, features: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D), to be added to the features."""
+    def forward(self, features: Tensor, real: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D), to be added to the features. Where `real` (B, T, 1) is 0 each layer sees zeros, as
+        behind the end of a clip."""
         x = features
         for conv in self.convs:
             x = conv(x.transpose(1, 2)).transpose(1, 2)
-            x = F.gelu(F.layer_norm(x, x.shape[-1:]))
+            x = F.gelu(F.layer_norm(x, x.shape[-1:])) * real
         return x
 
 
@@ -215,9 +220,10 @@ class Mlp(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.activation_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(self.dropout(F.gelu(self.fc1(x))))
 
 
 class Block(nn.Module):
@@ -320,7 +326,8 @@ class Data2Vec2AudioModel(Data2Vec2Encoder):
     def forward(
         self, input_values: Tensor, attention_mask: Tensor | None = None, output_hidden_states: bool | None = None
     ) -> BaseModelOutputWithPooling:
-        """(B, samples), each clip of mean 0 and variance 1; the mask, of this shape, is 0 where they are padding."""
+        """(B, samples), each clip of mean 0 and variance 1; the mask, of this shape, is 0 where they are padding. What
+        is made of a clip does not depend on how far it is padded."""
         features = self.local(input_values)
         length = features.shape[1]
         bias = self.alibi(length)
@@ -330,7 +337,7 @@ class Data2Vec2AudioModel(Data2Vec2Encoder):
             real = mask[..., None].to(features.dtype)
             features = features * real
             bias = bias.masked_fill(~mask[:, None, None, :], torch.finfo(bias.dtype).min)
-        x, states = self.encode(features + self.positions(features), bias, output_hidden_states)
+        x, states = self.encode(features + self.positions(features, real), bias, output_hidden_states)
         pooled = (x * real).sum(dim=1) / real.sum(dim=1)
         return BaseModelOutputWithPooling(last_hidden_state=x, pooler_output=pooled, hidden_states=states)
 

@@ -174,7 +174,7 @@ def cases(tokenizer_files) -> dict[str, Case]:
     grade = made(text, ["grade"], files["unigram.model"])
     return {
         "image": Case(made(small()), "student", "AutoModel"),
-        "image_teacher": Case(made(small()), "teacher", "AutoModel"),
+        "image_teacher": Case(made(small("model.image.positions=6")), "teacher", "AutoModel"),
         "image_fine": Case(made(small(), CLASSES), "student", "AutoModelForImageClassification"),
         "audio": Case(made(audio), "student", "AutoModel"),
         "audio_teacher": Case(made(replace(audio, heads=4, prenet_depth=0)), "teacher", "AutoModel"),
@@ -288,6 +288,19 @@ def test_a_stranger_computes_what_we_compute(kind, cases, told, tmp_path):
 def test_a_stranger_computes_what_the_authors_program_computes(modality, told):
     expected = load_file(CHECKPOINTS / f"{modality}_features.safetensors")["features"]
     assert (expected - told.outputs[f"reference_{modality}.last_hidden_state"]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["audio_fine", "text_fine"])
+def test_padding_changes_nothing(kind, cases, told):
+    full = cases[kind].full
+    network = FineTuned(full.model, full.head).eval()
+    network.load_state_dict(full.tensors)
+    arguments, inputs, _ = inputs_of(full.model)
+    for i, size in enumerate(arguments["attention_mask"].sum(1).tolist()):
+        with torch.no_grad():
+            alone = network(inputs[i : i + 1, :size])[0]
+        found = told.outputs[f"{kind}.logits"][i]
+        assert (alone - (found[: len(alone)])).abs().max() < 1e-5
 
 
 def test_hidden_states_are_those_of_all_blocks(cases, told):
