@@ -47,10 +47,7 @@ class Evaluations:
         task, world = self.task, self.world
         size = max(1, self.config.batch_size // world.data_ranks)
         batches = [batch.tolist() for batch in like_sized(task.sizes(split.dataset), size, task.largest)]
-        own = batches[world.data_rank :: world.data_ranks]
-        # Where ranks gather each other's weights, all take part in as many forward passes.
-        rounds = -(-len(batches) // world.data_ranks)
-        padded = own + batches[:1] * (rounds - len(own))
+        padded, _ = world.share(batches)
         collate, workers = partial(task.collate, split.references), task.config.data.workers
         keys = [[(0, index) for index in batch] for batch in padded]
         found: dict[int, Any] = {}

@@ -224,7 +224,7 @@ def store(
     encoder = FrozenEncoder.of(full, which)
     config, modality = full.model, MODALITIES[full.model.modality]
     try:
-        blocks = encoder.blocks(layers) if what != "probe" else []
+        blocks = list(dict.fromkeys(encoder.blocks(layers))) if what != "probe" else []
     except IndexError:
         raise ConfigError(
             f"--layers {' '.join(map(str, layers))}: the main blocks are 0 to {config.depth - 1}"

@@ -110,8 +110,8 @@ def in_memory(samples: Sequence[Any], model: ModelConfig, tokenizer: Tokenizer |
 
     Raises DataError, in one line, for what is none of these.
     """
-    if not len(samples):
-        raise DataError("there are no samples")
+    if isinstance(samples, str) or not len(samples):
+        raise DataError(f"samples should be a list of one or more, not {samples!r}")
     if model.modality == "text":
         for number, text in enumerate(samples):
             if not isinstance(text, str):

@@ -129,7 +129,7 @@ class WatchConfig:
 class ProbeConfig:
     """Every `every` steps (0: never) the teacher is probed: `samples` labelled training samples tell `test` test
     samples' classes, both evenly over classes, by the nearest `neighbours` and by ridge regression. They lie at `path`,
-    or else at `data.path`. Probes take no more than `share` of the run's time: what would exceed it is skipped."""
+    or else at `data.path`. Probes behind the first take no more than `share` of the time: what would is skipped."""
 
     every: int = 0
     path: str = ""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from typing import TypeVar
 
 import deepspeed
 import torch
@@ -20,6 +22,9 @@ from pretrain.peers import Peers
 # How long a collective waits for a rank. Ranks that have died or hang are found out otherwise, and sooner
 # (docs/faults.md); one that writes its checkpoint to a slow disk is to be waited for.
 COLLECTIVES = timedelta(days=1)
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,13 @@ class World:
     @property
     def tensor_rank(self) -> int:
         return self.rank % self.tensor_ranks
+
+    def share(self, work: Sequence[T]) -> tuple[list[T], int]:
+        """This data rank's part of some forward passes, and how many they are. Behind them come as many more as others
+        have: where ranks gather each other's weights, all take part in the same number."""
+        own = list(work[self.data_rank :: self.data_ranks])
+        rounds = -(-len(work) // self.data_ranks)
+        return own + list(work[:1]) * (rounds - len(own)), len(own)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Adds up over the batch's shares, in place."""

@@ -99,10 +99,7 @@ class Probe:
         same on all ranks."""
         world, chosen = self.world, self._chosen[split]
         batches = like_sized(self.modality.sizes(dataset)[chosen], *self._most())
-        own = batches[world.data_rank :: world.data_ranks]
-        # Where ranks gather each other's weights, all take part in as many forward passes.
-        rounds = -(-len(batches) // world.data_ranks)
-        padded = own + batches[:1] * (rounds - len(own))
+        padded, own = world.share(batches)
         rows: Tensor | None = None  # (chosen, D+1), zeros where others have theirs; the last column: it could be read
         with Progress(f"probe: {split} {self.modality.unit}" if world.is_main else "", len(chosen)) as progress:
             for number, (inputs, failures) in enumerate(self._loaded(split, dataset, padded)):
@@ -110,9 +107,9 @@ class Probe:
                 seen = self.engine(view)
                 if rows is None:
                     rows = seen.new_zeros(len(chosen), seen.shape[1] + 1)
-                if number < len(own):
+                if number < own:
                     genuine = torch.tensor([not names for names in failures], device=world.device)
-                    at = torch.from_numpy(own[number]).to(world.device)
+                    at = torch.from_numpy(padded[number]).to(world.device)
                     rows[at] = torch.cat([seen, genuine[:, None]], dim=1) * genuine[:, None]
                 progress.advance(min(len(seen) * world.data_ranks, len(chosen) - progress.done))
         assert rows is not None

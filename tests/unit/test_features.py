@@ -117,7 +117,8 @@ def test_images_in_memory_are_cropped_as_files_are(tmp_path: Path, images: tuple
         assert torch.equal(encoder.features(opened).positions, wanted)
     for bad, words in (
         ([pixels[0].float().numpy()], r"image 0 is float32 of shape \(1, 28, 28\): give PIL images"),
-        ([], "no samples"),
+        ([], r"samples should be a list of one or more, not \[\]"),
+        ("a picture", "not 'a picture'"),
     ):
         with pytest.raises(DataError, match=words):
             encoder.features(bad)
@@ -321,7 +322,11 @@ def test_a_killed_extraction_goes_on(
     assert sum(seen) == 13 - 8 and before == {file: file.stat().st_mtime_ns for file in before}
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
     run("killed")
-    assert sum(seen) == 13 - 8  # nothing is left to do
+    index = json.loads((tmp_path / "killed/index.json").read_text())
+    (tmp_path / "killed/index.json").write_text(json.dumps(index | {"complete": False, "names": [], "labels": None}))
+    run("killed")
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    assert sum(seen) == 13 - 8  # nothing was left to compute
     (tmp_path / "killed/features-00001.safetensors").unlink()
     run("killed")
     assert sum(seen) == 13 - 4 and contents(tmp_path / "killed") == contents(tmp_path / "whole")
