@@ -36,8 +36,8 @@ UNKNOWN = "<unk>"
 @dataclass(frozen=True)
 class Beam:
     """How far to look: at `size` hypotheses that are no more than `threshold` behind the best, each continued by its
-    `letters` likeliest labels. With a language model a hypothesis' score is the log probability of its best path, `lm_weight`
-    times the log10 of its words' probability, and `word_score` for each word (wav2vec 2.0's program)."""
+    `letters` likeliest labels. With a language model a hypothesis' score is the log probability of its best path,
+    `lm_weight` times the log10 of its words' probability, and `word_score` for each word (wav2vec 2.0's program)."""
 
     size: int = 50
     letters: int = 50

@@ -137,7 +137,9 @@ def counted(order: int) -> list[dict[Gram, int]]:
     """By the definition: different words before an n-gram, or how often it occurs if it is of full length or begins a
     sentence."""
     lines = [(BEGIN, *words, END) for words in SENTENCES]
-    every = [gram for line in lines for n in range(1, order + 2) for gram in zip(*(line[i:] for i in range(n)))]
+    every = [
+        gram for line in lines for n in range(1, order + 2) for gram in zip(*(line[i:] for i in range(n)), strict=False)
+    ]
     tables: list[dict[Gram, int]] = []
     for n in range(1, order + 1):
         grams = {gram for gram in every if len(gram) == n}

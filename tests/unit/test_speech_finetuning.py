@@ -1,4 +1,4 @@
-"""Transcripts of every layout, the loss against all paths, masks, padding, freezing, and a network that learns tones."""
+"""Transcripts of every layout, the loss against all paths, masks, padding, what is frozen; a network learns tones."""
 
 from __future__ import annotations
 
@@ -276,7 +276,7 @@ def test_masks_are_functions_of_seed_epoch_and_clip(tmp_path: Path) -> None:
 
 
 def test_spans_are_as_many_as_said_and_evenly_spread() -> None:
-    """Of n distinct places out of P, a position's k = 10 possible ones hold none with probability C(P-k, n) / C(P, n)."""
+    """Of n distinct places out of P, a position's 10 possible ones hold none with probability C(P-10, n) / C(P, n)."""
     rows, size, prob, length = 4000, 100, 0.65, 10
     keys = row_keys(1, np.zeros(rows, int), np.arange(rows), 1)
     spans = draw_spans(keys, np.full(rows, size), size, prob, length)
@@ -380,7 +380,7 @@ def test_the_tri_stage_schedule() -> None:
     assert rates[0] == pytest.approx(0.01) and rates[50] == pytest.approx(0.505)
     assert rates[100:501] == [1.0] * 401 and rates[750] == pytest.approx(0.05**0.5)
     assert rates[1000] == pytest.approx(0.05)
-    with pytest.raises(ConfigError, match="leave none of train.steps=100"):
+    with pytest.raises(ConfigError, match="leave none of train"):
         load(ROOT / "tests/tiny_speech.yaml", ["optim.warmup_steps=61", "train.steps=100"])
 
 
@@ -408,8 +408,6 @@ def learn(config: Config, steps: int) -> dict[str, float]:
 
 
 def test_a_small_network_learns_tones(tmp_path: Path) -> None:
-    path = write_tones(tmp_path)
-    config = load(
-        ROOT / "tests/tiny_speech.yaml", [f"data.path={path}", "train.batch_size=160000", "train.micro_batch=160000"]
-    )
-    assert learn(config, 150)["cer"] < 0.1
+    whole = ["train.batch_size=160000", "train.micro_batch=160000", "optim.lr=5e-3", "speech.frame_prob=0.05"]
+    config = load(ROOT / "tests/tiny_speech.yaml", [f"data.path={write_tones(tmp_path)}", *whole])
+    assert learn(config, 130)["cer"] < 0.1
