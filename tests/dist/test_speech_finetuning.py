@@ -45,6 +45,8 @@ def test_ranks_and_stages_agree_and_resume_is_exact(tmp_path: Path, tones: Path)
     two = tune(tmp_path / "two", tones, "train.deepspeed=ds_configs/zero3.json", ranks=2)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     assert_same(two, one, 1e-4)
+    split = tune(tmp_path / "split", tones, "train.tensor_parallel=2", ranks=2)
+    assert_same(split, one, 1e-4)
     assert json.loads(one.assets["labels.json"]) == ["<blank>", "|", *"abcd"]
     evaluated = [json.loads(line) for line in (tmp_path / "one/eval.jsonl").read_text().splitlines()]
     assert [line["step"] for line in evaluated] == [3, 5] and "test/wer" in evaluated[0]
