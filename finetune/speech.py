@@ -49,11 +49,24 @@ class Spoken(Examples):
 
 @dataclass(frozen=True)
 class References:
-    """What is said in each clip of a data set: as text, and as labels if there are some for all of its letters."""
+    """What is said in each clip of a data set: as text, and as labels if there are some for all of its letters. Labels
+    are packed: no objects whose reference counts unshare a worker's memory."""
 
     texts: list[str]
-    letters: list[NDArray[np.int64] | None]
-    learned: bool  # clips are learned from, and spans of them hidden
+    packed: NDArray[np.int32]
+    ends: NDArray[np.int64]  # (n + 1,)
+    learned: bool = False  # clips are learned from, and spans of them hidden
+
+    @classmethod
+    def of(cls, texts: list[str], labels: Sequence[str]) -> References:
+        number = {label: i for i, label in enumerate(labels)}
+        letters = [spelt(text, number) for text in texts]
+        ends = np.cumsum([0, *map(len, letters)])
+        return cls(texts, np.concatenate(letters).astype(np.int32), ends)
+
+    def letters(self, index: int) -> NDArray[np.int64]:
+        """(S,) labels of a clip; none if one is missing."""
+        return self.packed[self.ends[index] : self.ends[index + 1]].astype(np.int64)
 
 
 class Utterances(Some):
@@ -88,12 +101,11 @@ class SpeechTask(Task):
         transcribed = self._open(config.data.path, config.data.split)
         self.labels = given_labels(config.train.init_from) or collected_labels(transcribed.texts)
         dataset, references = self._clips(transcribed, config.data.audio.min_seconds)
-        references = replace(references, learned=True)
         indices, notes = self._learnable(dataset, references)
         utterances = Utterances(dataset, indices, references)
         hours = utterances.lengths.sum() / RATE / 3600
         utterances.notes += (f"{hours:.3g} h of them", *transcribed.notes, *notes)
-        self.train = Split(utterances, references)
+        self.train = Split(utterances, replace(references, texts=[], learned=True))
 
     def _open(self, path: str, split: str) -> Transcribed:
         if not path:
@@ -110,16 +122,15 @@ class SpeechTask(Task):
         dataset = AudioDataset(source, seed=self.config.train.seed, min_seconds=least, max_seconds=most, train=False)
         said = {source.name(i): text for i, text in enumerate(transcribed.texts)}
         texts = [said[dataset.name(i)] for i in range(len(dataset))]
-        number = {label: i for i, label in enumerate(self.labels)}
-        return dataset, References(texts, [spelt(text, number) for text in texts], learned=False)
+        return dataset, References.of(texts, self.labels)
 
     def _learnable(self, dataset: AudioDataset, references: References) -> tuple[NDArray[np.int64], list[str]]:
         """Clips that can be learned from, `data.minutes` of them, ascending; and what is left out."""
         config = self.config
         model, minutes = config.model, config.data.minutes
         long = dataset.lengths > model.length
-        strange = np.array([letters is None for letters in references.letters])
-        needed = np.array([0 if letters is None else frames_for(letters) for letters in references.letters])
+        strange = np.diff(references.ends) == 0
+        needed = np.array([frames_for(references.letters(i)) for i in range(len(dataset))])
         crowded = needed > np.array([model.audio.frames(int(n)) for n in dataset.lengths])
         reasons = {
             f"longer than model.audio.seconds={model.audio.seconds:g}": long,
@@ -167,8 +178,8 @@ class SpeechTask(Task):
         letters = [torch.zeros(0, dtype=torch.int64)] * len(samples)
         hidden = channels = None
         if references.learned:
-            given = [references.letters[s.index] if own else None for s, own in zip(samples, genuine, strict=True)]
-            letters = [letters[0] if labels is None else torch.from_numpy(labels) for labels in given]
+            pairs = zip(samples, letters, strict=True)
+            letters = [none if s.failures else torch.from_numpy(references.letters(s.index)) for s, none in pairs]
             ids = np.array([[sample.epoch, sample.index] for sample in samples])
             keys = row_keys(self.config.train.seed, ids[:, 0], ids[:, 1], 2).reshape(-1, 2)
             t, d = max(frames), np.full(len(cut), model.width)
@@ -182,11 +193,11 @@ class SpeechTask(Task):
             sum(map(len, letters)),
             lengths,
             tuple(failure for sample in samples for failure in sample.failures),
-            frames,
-            tuple(map(len, letters)),
-            torch.tensor(genuine),
-            hidden,
-            channels,
+            frames=frames,
+            letters=tuple(map(len, letters)),
+            genuine=torch.tensor(genuine),
+            hidden=hidden,
+            channels=channels,
         )
 
     def loss(self, outputs: Tensor, examples: Examples) -> Tensor:
@@ -227,10 +238,10 @@ def collected_labels(texts: Sequence[str]) -> list[str]:
     return [*LABELS, *sorted(set().union(*texts) - {" "})]
 
 
-def spelt(text: str, number: dict[str, int]) -> NDArray[np.int64] | None:
-    """(S,) labels, each word with its end; None if one is missing."""
+def spelt(text: str, number: dict[str, int]) -> NDArray[np.int64]:
+    """(S,) labels, each word with its end; none if one is missing."""
     letters = [number.get(letter) for letter in f"{text} ".replace(" ", LABELS[BETWEEN])]
-    return None if None in letters else np.array(letters, np.int64)
+    return np.array([] if None in letters else letters, np.int64)
 
 
 def frames_for(letters: NDArray[np.int64]) -> int:

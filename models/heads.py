@@ -5,6 +5,8 @@ Shapes: B samples, T positions, D width, C outputs: classes, letters, or one num
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -91,7 +93,8 @@ class FineTuned(nn.Module):
         decoder, and zero in `channels` (B, D).
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            features = self.student.local(inputs, lengths, *[True] * frozen_local)
+            local = partial(self.student.local, frozen=True) if frozen_local else self.student.local
+            features = local(inputs, lengths)
             if hidden is not None:
                 noise = torch.randn_like(features) * self.config.mask.noise_std
                 features = torch.where(hidden[..., None], noise, features)

@@ -42,6 +42,7 @@ FREE = (
     "probe.",
     "data.workers",
     "data.path",
+    "speech.held_out",
     "data.max_failed_share",
     "data.image.max_pixels",
     "train.threads",
