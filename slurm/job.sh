@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What all jobs have in common: slurm/NAME.sh hands over `MODULE ARGUMENTS...` for python -m; docs/slurm.md has the manual.
 #
-#   ZERO, TP   ZeRO stage and tensor-parallel size of a pretrain job: sbatch --export=ALL,ZERO=3,TP=2 slurm/...
+#   ZERO, TP   ZeRO stage and tensor-parallel size of a training job: sbatch --export=ALL,ZERO=3,TP=2 slurm/...
 #   PYTHON     the interpreter; default .venv/bin/python, or python3 where there is none
 set -uo pipefail
 
@@ -10,9 +10,9 @@ if [ -z "${PYTHON:-}" ]; then
     [ -x .venv/bin/python ] && PYTHON=.venv/bin/python
 fi
 
-nodes=1 tasks=1 # of finetune and convert, whatever was allocated
+nodes=1 tasks=1 # of reports and conversions, whatever was allocated
 gpus=${SLURM_GPUS_ON_NODE:-0} # however they were asked for
-if [ "$1" = pretrain ]; then
+if [ "$1" = pretrain ] || [ "$1" = finetune ]; then
     nodes=$SLURM_JOB_NUM_NODES
     tasks=${SLURM_NTASKS_PER_NODE:-1}
     [ "$gpus" -gt 0 ] && tasks=$gpus
@@ -41,7 +41,7 @@ srun --nodes="$nodes" --ntasks=$((nodes * tasks)) --ntasks-per-node="$tasks" --c
     --kill-on-bad-exit=0 --wait=50 "$PYTHON" -m "$@"
 status=$?
 
-# 75 is pretrain's "saved on a signal". Any other failure would come again; and a job that is cancelled, or that SLURM
+# 75 is a training's "saved on a signal". Any other failure would come again; and a job that is cancelled, or that SLURM
 # requeues by itself, is no longer RUNNING.
 if [ "$status" = 75 ] && [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then
     echo "saved: requeueing job $SLURM_JOB_ID"

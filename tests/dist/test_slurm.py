@@ -17,6 +17,7 @@ import yaml
 from PIL import Image
 from safetensors import safe_open
 
+from finetune.config import load as load_finetuning
 from pretrain.config import WatchConfig, batch_plan, load
 from pretrain.launchers import started_by_mpi, variables
 from tests.cluster import GPUS, Cluster, missing
@@ -28,8 +29,10 @@ pytestmark = pytest.mark.skipif(
 )
 STEPS, SAVE_EVERY = 80, 7
 ON_CPU = ("--gpus-per-node=0", "--ntasks-per-node=1")
-PRETRAIN = {path.stem: path for path in sorted((ROOT / "slurm").glob("pretrain_*.sh"))}
-OWN = ("data.path=/my data", "train.deepspeed=ds_configs/zero3.json")
+TRAIN = {path.stem: path for kind in ("pretrain_", "finetune_imagenet_") for path in sorted((ROOT / "slurm").glob(f"{kind}*.sh"))}
+LOAD = {"pretrain": load, "finetune": load_finetuning}
+SCRATCH = "train.init_from=''"  # the runs that fine-tuning starts from are not here
+OWN = ("data.path=/my data", "train.deepspeed=ds_configs/zero3.json", SCRATCH)
 # Stands for python: writes down what it was started with, then ends with the status that STATUS has for each start.
 RECORDER = """#!/usr/bin/env bash
 out=$RECORDS/$SLURM_JOB_ID.${OMPI_COMM_WORLD_RANK:-$SLURM_PROCID}
@@ -186,10 +189,10 @@ def recorded(recorder: Path, job: str, kind: str) -> list[list[str]]:
 def test_every_script(cluster: Cluster, recorder: Path) -> None:
     """As they are, but for their nodes where there are more than two: one task a GPU, each knows who it is, the config
     can be run, a signal comes before the end, and what the user says wins over ZERO."""
-    assert len(PRETRAIN) == 7
+    assert len(TRAIN) == 10
     stand_in = {"PYTHON": str(recorder), "RECORDS": str(recorder.parent), "STATUS": "0"}
     jobs, nodes = {}, {}
-    for name, path in PRETRAIN.items():
+    for name, path in TRAIN.items():
         found = re.search(r"--nodes=(\d+) --gpus-per-node=8 ", path.read_text())
         assert found and re.search(r"^#SBATCH .*--signal=USR1@300$", path.read_text(), re.MULTILINE)
         nodes[name] = int(found[1])
@@ -207,11 +210,12 @@ def test_every_script(cluster: Cluster, recorder: Path) -> None:
             ("127.0.0.1", str(10_000 + int(job) * 10 % 20_000))
         }
         (arguments,) = {tuple(task) for task in recorded(recorder, job, "args")}
-        assert arguments[:2] == ("-m", "pretrain") and arguments[3] == "train.deepspeed=ds_configs/zero2.json"
-        config = load(ROOT / arguments[2], arguments[3:])
+        module = name.split("_")[0]
+        assert arguments[:2] == ("-m", module) and arguments[3] == "train.deepspeed=ds_configs/zero2.json"
+        config = LOAD[module](ROOT / arguments[2], arguments[3:])
         assert (config.train.deepspeed, config.train.tensor_parallel) == ("ds_configs/zero3.json", 2)
         assert config.data.path == "/my data"
-        batch_plan(load(ROOT / arguments[2]).train, nodes[name] * GPUS)
+        batch_plan(LOAD[module](ROOT / arguments[2], [SCRATCH]).train, nodes[name] * GPUS)
 
 
 def test_every_way_to_ask_for_gpus(cluster: Cluster, recorder: Path) -> None:
@@ -305,7 +309,7 @@ def test_mpirun_in_an_allocation_is_not_srun(cluster: Cluster, recorder: Path) -
     assert all(started_by_mpi(task) for task in tasks)
 
 
-@pytest.mark.parametrize("name", [*PRETRAIN, "finetune", "convert"])
+@pytest.mark.parametrize("name", [*TRAIN, "finetune", "convert"])
 def test_submitted_from_elsewhere(tmp_path: Path, name: str) -> None:
     script = ROOT / f"slurm/{name}.sh"
     done = subprocess.run(
