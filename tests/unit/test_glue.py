@@ -12,6 +12,7 @@ import tokenizers
 import torch
 
 from finetune import glue
+from finetune import sweep as sweeps
 from finetune.config import GLUE, Config, load
 from finetune.glue import TASKS, judge, read_split
 from finetune.predict import predict
@@ -98,17 +99,20 @@ EXPECTED = {
 }
 
 
-@pytest.fixture(scope="module")
-def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """400 ids: specials, then words w4 to w399, which are their own numbers."""
+def word_tokenizer(path: Path) -> Path:
+    """Writes one of 400 ids: specials, then words w4 to w399, which are their own numbers."""
     specials = ["<s>", "<pad>", "</s>", "<unk>"]
     words = {word: i for i, word in enumerate([*specials, *(f"w{i}" for i in range(4, 400))])}
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
     model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     model.add_special_tokens(specials)
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     model.save(str(path))
     return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return word_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.json")
 
 
 def text(*numbers: int) -> str:
@@ -539,3 +543,24 @@ def test_a_sweep_takes_the_rate_with_the_best_median() -> None:
     assert lines[4] == "| average of 2 | | | 62.5 | |"
     every = [Choice(task, "1e-05", i / 10, {}, {}, {}) for i, task in enumerate(GLUE)]
     assert table(every).splitlines()[-1] == "| GLUE average | | | 35.0 | |"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["{own}", "--lr", "fast"], "--lr 'fast' is no positive number"),
+        (["{own}", "--lr", "-1"], "--lr '-1' is no positive number"),
+        (["{own}", "--lr", "1e-4", "--seeds", "0"], "--seeds 0 should be 1 or more"),
+        (["tests/tiny_finetune.yaml", "--lr", "1e-4"], "has task=image; a sweep is of text tasks"),
+        (["{own}", "{own}", "--lr", "1e-4"], "configs should have different names: tiny_finetune_text, tiny_finetune_"),
+        (["{own}", "--lr", "1e-4", "text.taks=RTE"], "unknown key text.taks; did you mean text.task?"),
+    ],
+)
+def test_bad_words_of_a_sweep_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, words: list[str], told: str
+) -> None:
+    given = [word.replace("{own}", TINY) for word in words]
+    monkeypatch.setattr("sys.argv", ["sweep", *given, "--out", str(tmp_path / "out")])
+    assert sweeps.main() == 2 and not (tmp_path / "out").exists()
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and told in error
