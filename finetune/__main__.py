@@ -11,8 +11,8 @@ from finetune.speech import SpeechTask
 from finetune.task import Task
 from finetune.text import TextTask
 from finetune.train import FineTuning
+from pretrain import program
 from pretrain.parallel import World
-from pretrain.program import main
 
 KINDS: dict[str, type[Task]] = {"image": ImageTask, "speech": SpeechTask, "text": TextTask}
 
@@ -21,5 +21,9 @@ def start(config: Config, world: World) -> FineTuning:
     return FineTuning(KINDS[config.task](config, progress=world.is_main), world)
 
 
+def main() -> int:
+    return program.main("finetune", "Fine-tune an encoder under DeepSpeed.", load, start, describe)
+
+
 if __name__ == "__main__":
-    sys.exit(main("finetune", "Fine-tune an encoder under DeepSpeed.", load, start, describe))
+    sys.exit(main())
