@@ -1,5 +1,5 @@
 """Augmentation of labelled images, a batch at a time on its device: RandAugment, random erasing, mixup and CutMix
-(docs/method.md 5). Every choice is drawn there from torch's generator; nothing waits for the device.
+(docs/method.md 4). Every choice is drawn there from torch's generator; nothing waits for the device.
 
 kornia's RandAugment draws its operations once a batch, and its mixes and enhancements go through samples one by one; so
 only what it does batched is taken from it. Pictures are Pillow's, as in the published recipe, but for bicubic

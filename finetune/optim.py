@@ -17,7 +17,7 @@ INITIAL = 0.01  # of the peak (fairseq's default, which wav2vec 2.0's files leav
 
 
 def parameter_groups(model: FineTuned, config: FineTuningOptimConfig) -> list[dict[str, Any]]:
-    """A group for each rate and whether it is spared the weight decay (docs/method.md 5). With `layer_decay` d, block i
+    """A group for each rate and whether it is spared the weight decay (docs/method.md 4). With `layer_decay` d, block i
     of n, the prenet's first, counted from 1, has the rate times d ** (n + 1 - i); all else has the full one, but for a
     waveform's convolutions with `freeze_local`, which have none. `head`: whether a group is the head's."""
     blocks = model.config.prenet_depth + model.config.depth

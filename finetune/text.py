@@ -1,4 +1,4 @@
-"""Sentences, or pairs of them: classes, or a number. GLUE's tasks are of this kind (docs/method.md 5)."""
+"""Sentences, or pairs of them: classes, or a number. GLUE's tasks are of this kind (docs/method.md 4)."""
 
 from __future__ import annotations
 

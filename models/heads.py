@@ -1,4 +1,4 @@
-"""Fine-tuned networks: the student's encoder on the full input, no masks, no teacher, and a head (docs/method.md 5).
+"""Fine-tuned networks: the student's encoder on the full input, no masks, no teacher, and a head (docs/method.md 4).
 
 Shapes: B samples, T positions, D width, C outputs: classes, letters, or one number to regress.
 """
