@@ -181,7 +181,7 @@ class ModelConfig:
 
     def path_rates(self) -> list[float]:
         """`dropout.path` of each block, the prenet's first: from 0 to the whole rate, as the reference's fine-tuning
-        has it, which takes the steps of the main blocks for both (docs/method.md 5)."""
+        has it, which takes the steps of the main blocks for both (docs/method.md 4)."""
         step = self.dropout.path / max(1, self.depth - 1)
         last = self.dropout.path
         first = min(last, self.prenet_depth * step)
