@@ -44,7 +44,7 @@ def write(tokenizer: Tokenizer, folder: Path, longest: int) -> None:
 
     Raises CheckpointError, in one line, for a SentencePiece model that cannot be written so.
     """
-    content = tokenizer.path.read_bytes()
+    content = tokenizer.content
     if isinstance(tokenizer, SentencePieceTokenizer):
         fast = from_sentencepiece(tokenizer, content)
     else:

@@ -36,9 +36,9 @@ from models.heads import FineTuned
 from models.masks import real_positions
 from pretrain.checkpoint import CheckpointError
 from pretrain.data.sources import DataError
-from pretrain.data.tokenizer import Tokenizer, open_tokenizer
+from pretrain.data.tokenizer import Tokenizer, tokenizer_among
 from pretrain.files import flush
-from pretrain.full import LABELS, TOKENIZERS, Full, head_of, model_of
+from pretrain.full import LABELS, Full, head_of, model_of
 from pretrain.settings import ConfigError, to_tree
 
 BOUND = 1e-5  # on features, which the last LayerNorm has made about 1, and on logits, as a share of the largest
@@ -104,15 +104,13 @@ def _write(full: Full, tensors: dict[str, Tensor], folder: Path) -> Tokenizer | 
     """All files but the rest; -> the tokenizer of a model of text, if it has one."""
     model, head, labels = full.model, full.head, _labels(full)
     for name, content in full.assets.items():
-        if Path(name).name != name:
-            raise CheckpointError(f"{name!r:.80} travels with the weights and is no name of a file")
         (folder / ASSETS).mkdir(exist_ok=True)
         (folder / ASSETS / name).write_bytes(content)
     config = _form(model).config(model, head) | {"dtype": "float32"}
     tokenizer = None
     if model.modality != "text":
         data2vec2.write_processors(folder, model, labels)
-    elif tokenizer := _tokenizer(folder / ASSETS, model):
+    elif tokenizer := _tokenizer(full):
         fast_tokenizer.write(tokenizer, folder, model.text.tokens)
         config |= {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
     if head is not None:
@@ -125,23 +123,12 @@ def _write(full: Full, tensors: dict[str, Tensor], folder: Path) -> Tokenizer | 
     return tokenizer
 
 
-def _tokenizer(folder: Path, model: ModelConfig) -> Tokenizer | None:
+def _tokenizer(full: Full) -> Tokenizer | None:
     """The one among the files that travel. Raises CheckpointError if it is not one, or not that of the model."""
-    files = sorted(file for pattern in TOKENIZERS for file in folder.glob(pattern))
-    if len(files) > 1:
-        raise CheckpointError(f"several tokenizers travel with the weights: {', '.join(file.name for file in files)}")
-    if not files:
-        return None
     try:
-        tokenizer = open_tokenizer(files[0])
-    except DataError as error:
-        raise CheckpointError(str(error).replace(f"{folder}/", "")) from None
-    if (tokenizer.vocabulary, tokenizer.pad) != (model.text.vocabulary, model.text.pad):
-        raise CheckpointError(
-            f"{files[0].name} has {tokenizer.vocabulary:,} ids with padding {tokenizer.pad}, the model "
-            f"{model.text.vocabulary:,} with padding {model.text.pad}: it is another model's tokenizer"
-        )
-    return tokenizer
+        return tokenizer_among(full.assets, full.model.text)
+    except (ConfigError, DataError) as error:
+        raise CheckpointError(str(error)) from None
 
 
 def _labels(full: Full) -> list[str] | None:

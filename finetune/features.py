@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix, vstack
 from torch import Tensor
 
-from finetune.inputs import Source, in_memory, open_source, travelling_tokenizer
+from finetune.inputs import Source, in_memory, open_source
 from finetune.stored import FORMATS, Gathered, Index, Store
 from models.config import ModelConfig
 from models.data2vec import Encoder
@@ -27,7 +27,7 @@ from pretrain.checkpoint import CheckpointError
 from pretrain.data.loader import load_batches
 from pretrain.data.names import digest
 from pretrain.data.sources import DataError
-from pretrain.data.tokenizer import Tokenizer
+from pretrain.data.tokenizer import Tokenizer, tokenizer_among
 from pretrain.full import WHICH, Full, read
 from pretrain.labelled.modality import MODALITIES
 from pretrain.labelled.samples import Array, Inputs, Matrix, Represent, Samples, collate_genuine, like_sized
@@ -71,7 +71,7 @@ class FrozenEncoder:
         """The teacher or the student of a full form. Raises ConfigError if it has none."""
         weights, encoder = full.encoder(which), _fresh(full.model, seed=0)
         encoder.load_state_dict(weights)
-        tokenizer = travelling_tokenizer(full.assets, full.model) if full.model.modality == "text" else None
+        tokenizer = tokenizer_among(full.assets, full.model.text) if full.model.modality == "text" else None
         return cls(encoder, full.model, tokenizer=tokenizer)
 
     @overload

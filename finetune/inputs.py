@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,7 @@ from pretrain.data.names import digest
 from pretrain.data.recordings import open_audio
 from pretrain.data.sources import DataError, Sample, open_images
 from pretrain.data.text import Sentences, open_sentences
-from pretrain.data.tokenizer import Tokenizer, open_tokenizer
-from pretrain.full import TOKENIZERS
+from pretrain.data.tokenizer import Tokenizer
 from pretrain.labelled.audio import shortest, whole_clips
 from pretrain.labelled.image import centre_crops
 from pretrain.labelled.samples import Labels
@@ -196,15 +194,3 @@ def _sentences(sentences: Sentences, model: ModelConfig, tokenizer: Tokenizer | 
     if tokenizer is None:
         raise DataError("no tokenizer came with the weights, so that no text can be read; give ids")
     return SentenceTexts(sentences, tokenizer, model.text.tokens)
-
-
-def travelling_tokenizer(assets: Mapping[str, bytes], model: ModelConfig) -> Tokenizer | None:
-    """The tokenizer among the files that came with a model's weights. Raises DataError if it is another model's."""
-    name = next((name for name in assets if any(fnmatch(name, pattern) for pattern in TOKENIZERS)), None)
-    if name is None:
-        return None
-    tokenizer = open_tokenizer(name, assets[name])
-    own, wanted = (tokenizer.vocabulary, tokenizer.pad), (model.text.vocabulary, model.text.pad)
-    if own != wanted:
-        raise DataError(f"{name} has (ids, padding) {own}, the model {wanted}: it is not this model's tokenizer")
-    return tokenizer

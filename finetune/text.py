@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,10 @@ from pretrain.data.names import digest
 from pretrain.data.sources import DataError, Sample
 from pretrain.data.tables import Texts, existing_table, numbered, read_texts, refuse_empty
 from pretrain.data.text import SentenceDataset
-from pretrain.data.tokenizer import Tokenizer, open_tokenizer
-from pretrain.full import TOKENIZERS, assets, assets_of
+from pretrain.data.tokenizer import Tokenizer, fitting, is_tokenizer, open_tokenizer, tokenizer_among
+from pretrain.full import assets, assets_of
 from pretrain.labelled.samples import Inputs, balanced_order, pad
-from pretrain.labelled.text import TEXT, fitting
+from pretrain.labelled.text import TEXT
 from pretrain.settings import ConfigError
 
 
@@ -216,19 +215,13 @@ def travelling(config: Config) -> dict[str, bytes]:
 def find_tokenizer(config: Config, files: dict[str, bytes]) -> Tokenizer:
     """The one among `files`, which came with the weights, else `text.tokenizer`, which must be the same where it is
     given, too. Raises ConfigError or DataError, in one line, if there is none, or it is not that of the model."""
-    given = [open_tokenizer(config.text.tokenizer)] if config.text.tokenizer else []
-    own = [open_tokenizer(name, content) for name, content in files.items() if is_tokenizer(name)]
-    if len(own) > 1:
-        names = ", ".join(tokenizer.path.name for tokenizer in own)
-        raise ConfigError(f"the weights come with several tokenizers: {names}; leave their own")
-    if own and given and own[0].fingerprint != given[0].fingerprint:
-        raise ConfigError(f"text.tokenizer={given[0].path} is not {own[0].path.name}, which the weights came with")
-    if not own and not given:
-        raise ConfigError(
-            f"no tokenizer came with the weights (train.init_from={config.train.init_from!r}); give text.tokenizer"
-        )
-    return fitting((own or given)[0], config.model)
-
-
-def is_tokenizer(name: str) -> bool:
-    return any(fnmatch(name, pattern) for pattern in TOKENIZERS)
+    text = config.text
+    own = tokenizer_among(files, config.model.text)
+    given = fitting(open_tokenizer(text.tokenizer), config.model.text) if text.tokenizer else None
+    if own and given and own.fingerprint != given.fingerprint:
+        raise ConfigError(f"text.tokenizer={text.tokenizer} is not {own.path.name}, which the weights came with")
+    if found := own or given:
+        return found
+    raise ConfigError(
+        f"no tokenizer came with the weights (train.init_from={config.train.init_from!r}); give text.tokenizer"
+    )

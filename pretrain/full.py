@@ -25,6 +25,7 @@ from models.config import HeadConfig, ModelConfig
 from models.data2vec import Data2Vec
 from models.heads import FineTuned
 from pretrain.checkpoint import CheckpointError
+from pretrain.data.tokenizer import TOKENIZERS
 from pretrain.files import replacing
 from pretrain.pieces import MASTER, TEACHER, whole_shapes
 from pretrain.saved import Checkpoint, find, weights
@@ -32,7 +33,6 @@ from pretrain.settings import ConfigError, build
 
 ASSETS = "assets/"
 LABELS = "labels.json"  # names of a fine-tuned model's outputs, in their order
-TOKENIZERS = ("*.model", "*tokenizer.json")
 SUFFIX = ".safetensors"
 WHICH = ("teacher", "student")
 
@@ -48,6 +48,8 @@ class Full:
     assets: dict[str, bytes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if wrong := [name for name in self.assets if Path(name).name != name]:
+            raise CheckpointError(f"{wrong[0]!r:.80} travels with the weights and is no name of a file")
         refuse_differences(self.tensors, expected_shapes(self.network("meta")))
 
     @property

@@ -15,7 +15,8 @@ import re
 import signal
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatch
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,12 @@ from typing import Any
 import sentencepiece
 import tokenizers
 
+from models.config import TextConfig
 from pretrain.data.documents import TextReader, find_text
 from pretrain.data.sources import DataError
 from pretrain.files import write_atomically
 from pretrain.progress import Progress
+from pretrain.settings import ConfigError
 
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")  # ids 0 to 3: bos, pad, eos, unk
 _ALIASES = ("[CLS]", "[PAD]", "[SEP]", "[UNK]")
@@ -132,6 +135,34 @@ def open_tokenizer(path: str | Path, content: bytes | None = None) -> Tokenizer:
     except OSError as error:
         raise DataError(f"cannot read tokenizer {path}: {error.strerror}") from error
     return (HuggingFaceTokenizer if path.suffix == ".json" else SentencePieceTokenizer)(path, content)
+
+
+TOKENIZERS = ("*.model", "*tokenizer.json")  # what their files are called among others
+
+
+def is_tokenizer(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in TOKENIZERS)
+
+
+def tokenizer_among(files: Mapping[str, bytes], text: TextConfig) -> Tokenizer | None:
+    """The one among the files, by name, that came with a model's weights; None if none did.
+
+    Raises ConfigError or DataError, in one line, if there are several, or it is no tokenizer, or another model's.
+    """
+    names = sorted(filter(is_tokenizer, files))
+    if len(names) > 1:
+        raise ConfigError(f"the weights come with several tokenizers: {', '.join(names)}; leave their own")
+    return fitting(open_tokenizer(names[0], files[names[0]]), text) if names else None
+
+
+def fitting(tokenizer: Tokenizer, text: TextConfig) -> Tokenizer:
+    """The tokenizer; raises ConfigError if its ids are not those of the model."""
+    if (tokenizer.vocabulary, tokenizer.pad) != (text.vocabulary, text.pad):
+        raise ConfigError(
+            f"{tokenizer.path} has {tokenizer.vocabulary:,} ids with padding {tokenizer.pad}, the model "
+            f"{text.vocabulary:,} with padding {text.pad}: it is not this model's tokenizer"
+        )
+    return tokenizer
 
 
 def train_tokenizer(

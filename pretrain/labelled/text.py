@@ -19,11 +19,9 @@ from pretrain.data.corpus import Corpus, open_corpus
 from pretrain.data.fetch import resolve
 from pretrain.data.sources import DataError, Sample
 from pretrain.data.text import SentenceDataset, Sentences, open_sentences
-from pretrain.data.tokenizer import Tokenizer, open_tokenizer
+from pretrain.data.tokenizer import TOKENIZERS, Tokenizer, fitting, is_tokenizer, open_tokenizer, tokenizer_among
 from pretrain.labelled.samples import Inputs, Labelled, Modality, NoProbe, Represent, last, pad, refuse_shared
-from pretrain.settings import ConfigError
 
-TOKENIZERS = ("*.model", "*tokenizer.json")
 PIECES, PIECE = 5000, 20  # of a corpus without labels: how many, of how many tokens
 
 
@@ -78,22 +76,9 @@ def unlabelled(config: Config, run: Path | None = None) -> SentenceTexts:
 
 def find_tokenizer(config: Config, run: Path | None) -> Tokenizer:
     """The copy in the run folder, else the corpus's own. Raises ConfigError if its ids are not those of the model."""
-    copies = sorted(file for pattern in TOKENIZERS for file in run.glob(pattern)) if run else []
-    if len(copies) > 1:
-        raise ConfigError(f"{run} holds several tokenizers: {', '.join(file.name for file in copies)}; leave the run's")
-    file = copies[0] if copies else _corpus(config, run).tokenizer_path
-    return fitting(open_tokenizer(file), config.model)
-
-
-def fitting(tokenizer: Tokenizer, model: ModelConfig) -> Tokenizer:
-    """The tokenizer; raises ConfigError if its ids are not those of the model."""
-    text = model.text
-    if (tokenizer.vocabulary, tokenizer.pad) != (text.vocabulary, text.pad):
-        raise ConfigError(
-            f"{tokenizer.path} has {tokenizer.vocabulary:,} ids with padding {tokenizer.pad}, the model "
-            f"{text.vocabulary:,} with padding {text.pad}: it is not the tokenizer of this run"
-        )
-    return tokenizer
+    copies = [path for path in run.glob("*") if is_tokenizer(path.name)] if run else []
+    found = tokenizer_among({str(path): path.read_bytes() for path in copies}, config.model.text)
+    return found or fitting(open_tokenizer(_corpus(config, run).tokenizer_path), config.model.text)
 
 
 def _corpus(config: Config, run: Path | None) -> Corpus:

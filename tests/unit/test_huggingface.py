@@ -478,7 +478,7 @@ def test_what_has_no_such_form_is_refused_in_a_line(cases, tmp_path, monkeypatch
     refused(replace(cases["text"].full, assets={"a.model": b"", "b.model": b""}), "several tokenizers")
     refused(replace(cases["text"].full, assets={"a.model": b"?"}), "no SentencePiece model")
     refused(replace(fine, assets={"../../outside": b"?"}), "no name of a file")
-    refused(replace(cases["text"].full, assets=cases["text_late"].full.assets), "another model's tokenizer")
+    refused(replace(cases["text"].full, assets=cases["text_late"].full.assets), "not this model's tokenizer")
 
 
 @pytest.mark.parametrize(

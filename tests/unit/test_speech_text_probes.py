@@ -382,7 +382,7 @@ def test_the_runs_copy_of_the_tokenizer_comes_first(tmp_path: Path, language: Pa
     shutil.copy(language / "t.model", tmp_path / "copy.model")
     assert find_tokenizer(config, tmp_path).path == tmp_path / "copy.model"
     shutil.copy(language / "t.model", tmp_path / "second.model")
-    with pytest.raises(ConfigError, match=r"several tokenizers: copy\.model, second\.model"):
+    with pytest.raises(ConfigError, match=r"several tokenizers: .*copy\.model, .*second\.model"):
         find_tokenizer(config, tmp_path)
 
 
@@ -399,7 +399,7 @@ def test_bad_input_is_one_line(tmp_path: Path, tones: Path, language: Path) -> N
         (text_config(corpus), str(tmp_path / "half"), NoProbe, r"no test\.tsv"),
         (text_config(corpus), str(tmp_path / "same"), NoProbe, "are training sentences too"),
         (text_config(corpus), "", NoProbe, r"no train\.tsv .*--data"),
-        (text_config(corpus, other), labelled, ConfigError, "330 ids .* 331 .*not the tokenizer of this run"),
+        (text_config(corpus, other), labelled, ConfigError, "330 ids .* 331 .*not this model.s tokenizer"),
         (text_config(tmp_path / "gone"), labelled, DataError, r"no tokenizer: no \*\.model or .*does not exist"),
         (audio_config(tmp_path / "plain"), "", NoProbe, "clips of .* have no labels"),
         (audio_config(tmp_path / "classes"), "", NoProbe, "are training clips too"),
