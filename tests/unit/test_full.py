@@ -87,3 +87,9 @@ def test_bad_files_are_one_line(tmp_path: Path) -> None:
         finetuned().encoder("teacher")
     with pytest.raises(ConfigError, match="know teacher, student"):
         finetuned().encoder("ema")
+
+
+@pytest.mark.parametrize("name", ["../../outside", "a/b", ""])
+def test_what_travels_has_a_plain_name(name: str) -> None:
+    with pytest.raises(CheckpointError, match="is no name of a file"):
+        pretrained(assets={name: b""})
