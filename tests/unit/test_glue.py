@@ -56,7 +56,7 @@ FILES = {
         "test.tsv": "index\t#1 ID\t#2 ID\t#1 String\t#2 String\n0\t12\t13\tOne.\tTwo.\n",
     },
     "QNLI": {
-        "train.tsv": "index\tquestion\tsentence\tlabel\n0\tWho?\tNobody came.\tnot_entailment\n",
+        "train.tsv": 'index\tquestion\tsentence\tlabel\n0\tWho?\t"Nobody" came.\tnot_entailment\n',
         "test.tsv": "index\tquestion\tsentence\n0\tWhen?\tIn May.\n",
     },
     "QQP": {
@@ -69,7 +69,7 @@ FILES = {
         "test.tsv": "index\tsentence1\tsentence2\n0\tA.\tB.\n",
     },
     "SST-2": {
-        "train.tsv": 'sentence\tlabel\nhide no "charm \t0\n',
+        "train.tsv": 'sentence\tlabel\n"hide no charm \t0\n',
         "test.tsv": "index\tsentence\n0\ta gem\n",
     },
     "STS-B": {
@@ -86,13 +86,13 @@ EXPECTED = {
     ("MNLI", "test_mismatched"): (["A cat."], ["An animal."], None),
     ("MRPC", "train"): (['She said, "yes.'], ["Yes, she said."], ["1"]),
     ("MRPC", "test"): (["One."], ["Two."], None),
-    ("QNLI", "train"): (["Who?"], ["Nobody came."], ["not_entailment"]),
+    ("QNLI", "train"): (["Who?"], ['"Nobody" came.'], ["not_entailment"]),
     ("QNLI", "test"): (["When?"], ["In May."], None),
     ("QQP", "train"): (['What is a "keel?', "How?"], ["What's a keel?", ""], ["1", "0"]),
     ("QQP", "test"): (["Why?"], ["How come?"], None),
     ("RTE", "train"): (["No ship sank."], ["A ship sank."], ["not_entailment"]),
     ("RTE", "test"): (["A."], ["B."], None),
-    ("SST-2", "train"): (['hide no "charm'], None, ["0"]),
+    ("SST-2", "train"): (['"hide no charm'], None, ["0"]),
     ("SST-2", "test"): (["a gem"], None, None),
     ("STS-B", "train"): (["A plane."], ["An aeroplane."], ["4.250"]),
     ("STS-B", "test"): (["A man."], ["A woman."], None),
@@ -166,6 +166,18 @@ def test_every_task_is_known_by_name_and_its_references_are_codes() -> None:
             assert references.tolist() == [pytest.approx(0.85)] and references.dtype == np.float32
         else:
             assert [TASKS[name].classes[code] for code in references] == labels
+
+
+def test_scores_of_sts_b_are_learned_as_fifths(tmp_path: Path, tokenizer_file: Path) -> None:
+    put(tmp_path, "STS-B")
+    overrides = ["text.task=STS-B", "eval.splits=[train]"]
+    task = TextTask(config_of(tmp_path, tokenizer_file, *overrides), progress=False)
+    assert task.train.references.tolist() == [pytest.approx(0.85)]
+    text = task.resolved.text
+    assert (text.kind, text.range, task.resolved.head.outputs) == ("number", (0, 5), 1)
+    assert task.figures == ("pearson", "spearman") and task.best({"pearson": 0.5, "spearman": 0.7}) == pytest.approx(
+        0.6
+    )
 
 
 def test_mrpc_as_its_authors_publish_it(tmp_path: Path) -> None:
