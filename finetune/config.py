@@ -169,6 +169,8 @@ def check(config: Config) -> None:
             (config.which in full.WHICH, f"which={config.which!r}: know {', '.join(full.WHICH)}"),
             (data.labels is None or data.labels >= 1, f"data.labels={data.labels} must be at least 1, or null"),
             (data.minutes is None or data.minutes > 0, f"data.minutes={data.minutes} must be positive, or null"),
+            (data.minutes is None or config.task == "speech", "data.minutes is for speech; take data.labels"),
+            (data.labels is None or config.task != "speech", "data.labels is not for speech; take data.minutes"),
             (optim.schedule in SCHEDULES, f"optim.schedule={optim.schedule!r}: know {', '.join(SCHEDULES)}"),
             (0 <= optim.hold <= 1, f"optim.hold={optim.hold} must lie in [0, 1]"),
             (0 < optim.final_scale <= 1, f"optim.final_scale={optim.final_scale} must lie in (0, 1]"),

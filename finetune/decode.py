@@ -242,6 +242,8 @@ def main() -> int:
             config = replace(config, eval=replace(config.eval, splits=tuple(args.split)))
         check(config)
         task = Decoding(config, labels, build_decoder(labels, args.lm, args.lexicon, args.greedy, beam))
+        for note in task.notes:
+            print(f"data: {note}")
         heard = decode(weights, task)
         folder = Path(args.out or (Path(args.path).parent if args.path.endswith(full.SUFFIX) else find(args.path).run))
         for split, texts in heard.items():

@@ -93,8 +93,14 @@ class SpeechTask(Task):
             self._open_training()
         else:
             self.labels = labels
-        where = config.speech.held_out or config.data.path
-        self.evaluated = {split: Split(*self._clips(self._open(where, split))) for split in config.eval.splits}
+        self.evaluated, self.notes = {}, list[str]()
+        for split in config.eval.splits:
+            transcribed = self._open(config.speech.held_out or config.data.path, split)
+            dataset, references = self._clips(transcribed)
+            self.evaluated[split] = Split(dataset, references)
+            self.notes += (f"{split}: {note}" for note in (*dataset.notes, *transcribed.notes))
+        if labels is None:
+            self.train.dataset.notes += tuple(self.notes)
 
     def _open_training(self) -> None:
         config = self.config

@@ -78,7 +78,7 @@ def open_transcribed(path: str, split: str, language: str, spell: Spell, *, prog
     source = open_recordings(found.root, names, found.key, progress=progress)
     texts = [spelt[source.name(i)] for i in range(len(source))]
     counts = {"recordings without a transcript": found.silent, "transcripts without a letter": len(spelt) - len(names)}
-    notes = (f"left out {count:,} {split} {what}" for what, count in counts.items() if count)
+    notes = (f"left out {count:,} {what}" for what, count in counts.items() if count)
     return Transcribed(source, texts, tuple(notes))
 
 

@@ -100,7 +100,7 @@ def test_librispeech(tmp_path: Path) -> None:
     assert sorted(joined.values()) == ["first line", "first line", "second a", "second d"]
     clip(tmp_path / "test-clean/3/10/untold.flac")
     *_, notes = open_transcribed(str(tmp_path), "test-clean", "", Spelling(), progress=False)
-    assert notes == ("left out 1 test-clean recordings without a transcript",)
+    assert notes == ("left out 1 recordings without a transcript",)
 
 
 def test_libri_light(tmp_path: Path) -> None:
@@ -208,8 +208,8 @@ def test_minutes_are_drawn_by_the_seed_and_lie_in_each_other(tmp_path: Path) -> 
         assert dataset.lengths.sum() <= minutes * 60 * 16_000
         chosen[seed, minutes] = set(dataset.indices.tolist())
     assert chosen[1, 0.03] < chosen[1, 0.06] < chosen[1, 0.1] and chosen[1, 0.06] != chosen[2, 0.06]
-    *_, note = task(tmp_path, "data.minutes=5").train.dataset.notes
-    assert note.startswith("data.minutes=5 is more than there are")
+    *_, note, held_out = task(tmp_path, "data.minutes=5").train.dataset.notes
+    assert note.startswith("data.minutes=5 is more than there are") and held_out.startswith("test: 8 recordings")
 
 
 def log_likelihood(log_probs: Tensor, letters: list[int]) -> float:
