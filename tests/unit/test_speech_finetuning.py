@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +21,10 @@ from finetune.transcripts import Spelling, open_transcribed
 from models.config import AudioConfig, DropoutConfig, HeadConfig, ModelConfig
 from models.heads import FineTuned
 from models.masks import draw_spans, row_keys
+from pretrain import full
 from pretrain.config import batch_plan
 from pretrain.data.sources import DataError, Sample
-from pretrain.settings import ConfigError
+from pretrain.settings import ConfigError, to_tree
 from tests.tones import TEXTS, write_tones
 
 ROOT = Path(__file__).parents[2]
@@ -210,6 +212,22 @@ def test_minutes_are_drawn_by_the_seed_and_lie_in_each_other(tmp_path: Path) -> 
     assert chosen[1, 0.03] < chosen[1, 0.06] < chosen[1, 0.1] and chosen[1, 0.06] != chosen[2, 0.06]
     *_, note, held_out = task(tmp_path, "data.minutes=5").train.dataset.notes
     assert note.startswith("data.minutes=5 is more than there are") and held_out.startswith("test: 8 recordings")
+
+
+def test_a_recogniser_to_start_from_gives_its_letters(tmp_path: Path) -> None:
+    write_tones(tmp_path / "data")
+    clip(tmp_path / "data/train/other.wav", 1).with_suffix(".txt").write_text("axe")
+    config = task(tmp_path / "data").resolved
+    weights = FineTuned(config.model, HeadConfig(7)).state_dict()
+    settings = to_tree(replace(config, head=HeadConfig(7)))
+    labels = ["<blank>", "|", *"dbca", "z"]
+    full.write(full.Full(weights, settings, 1, {full.LABELS: json.dumps(labels).encode()}), tmp_path / "a.safetensors")
+    found = task(tmp_path / "data", f"train.init_from={tmp_path / 'a.safetensors'}")
+    assert found.labels == labels and len(found.train.dataset) == len(TEXTS)
+    assert any("1 clips with letters that the network has no output for" in note for note in found.train.dataset.notes)
+    full.write(full.Full(weights, settings, 1, {full.LABELS: b'["cat"]'}), tmp_path / "b.safetensors")
+    with pytest.raises(DataError, match="fine-tuned for something else"):
+        task(tmp_path / "data", f"train.init_from={tmp_path / 'b.safetensors'}")
 
 
 def log_likelihood(log_probs: Tensor, letters: list[int]) -> float:
@@ -411,3 +429,23 @@ def test_a_small_network_learns_tones(tmp_path: Path) -> None:
     whole = ["train.batch_size=160000", "train.micro_batch=160000", "optim.lr=5e-3", "speech.frame_prob=0.05"]
     config = load(ROOT / "tests/tiny_speech.yaml", [f"data.path={write_tones(tmp_path)}", *whole])
     assert learn(config, 130)["cer"] < 0.1
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/finetune").glob("librispeech_*.yaml")), ids=lambda p: p.stem)
+def test_configs_have_the_published_phases(path: Path) -> None:
+    """10% of the steps up; 25,600,000 samples a step on any number of GPUs (large with 960 h: 30,720,000)."""
+    config = load(path)
+    assert config.optim.warmup_steps * 10 == config.train.steps and config.optim.hold == 0.4
+    assert config.train.batch_size == (30_720_000 if path.stem == "librispeech_large_960h" else 25_600_000)
+    assert config.optim.freeze_local and config.optim.freeze_steps < config.train.steps
+    assert config.model.dropout.layer == (0.05 if path.stem == "librispeech_base_10h" else 0.1)
+
+
+def test_configs_of_speech_load() -> None:
+    for name, language, case in (
+        ("fillets_nl", "nl", "lower"),
+        ("fillets_cs", "cs", "lower"),
+        ("speech_table", "", "lower"),
+    ):
+        config = load(ROOT / f"configs/finetune/{name}.yaml")
+        assert (config.task, config.speech.language, config.speech.case) == ("speech", language, case)
