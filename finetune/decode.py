@@ -96,10 +96,11 @@ class WordDecoder:
         from flashlight.lib.text.dictionary import Dictionary
 
         number = {label: i for i, label in enumerate(labels)}
-        spellable = [word for word in dict.fromkeys(words) if word and all(letter in number for letter in word)]
+        different = list(dict.fromkeys(words))
+        spellable = [word for word in different if all(letter in number for letter in word)]
         if not spellable:
             raise DataError(f"none of the lexicon's {len(words):,} words is made of the network's letters")
-        self.left_out = len(words) - len(spellable)
+        self.left_out = len(different) - len(spellable)
         self._words = Dictionary()
         for word in (*spellable, UNKNOWN):
             self._words.add_entry(word)
@@ -210,9 +211,11 @@ def write_heard(path: Path, task: Decoding, split: str, heard: Sequence[str | No
 
 
 def build_decoder(labels: list[str], lm: str, lexicon: str, greedily: bool, beam: Beam) -> Decoder:
-    if lm and not greedily:
+    if lm and greedily:
+        raise ConfigError("--greedy takes no --lm: leave one out")
+    if lm:
         if not (lexicon or lm.endswith(".arpa")):
-            raise ConfigError(f"--lm {lm} does not tell its words: give --lexicon FILE, or an NAME.arpa")
+            raise ConfigError(f"--lm {lm} does not tell its words: give --lexicon FILE, or a NAME.arpa")
         return WordDecoder(labels, read_lexicon(lexicon or lm), str(Path(lm).expanduser()), beam)
     if lexicon:
         raise ConfigError("--lexicon is for --lm: give both")
@@ -241,7 +244,10 @@ def main() -> int:
         if args.split:
             config = replace(config, eval=replace(config.eval, splits=tuple(args.split)))
         check(config)
-        task = Decoding(config, labels, build_decoder(labels, args.lm, args.lexicon, args.greedy, beam))
+        decoder = build_decoder(labels, args.lm, args.lexicon, args.greedy, beam)
+        if isinstance(decoder, WordDecoder) and decoder.left_out:
+            print(f"left out {decoder.left_out:,} words of the lexicon that the network's letters do not spell")
+        task = Decoding(config, labels, decoder)
         for note in task.notes:
             print(f"data: {note}")
         heard = decode(weights, task)

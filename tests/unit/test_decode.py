@@ -121,12 +121,14 @@ def test_lexica(tmp_path: Path) -> None:
     (tmp_path / "words.txt").write_text("ab\ta b |\nb\tb |\n\n")
     assert read_lexicon(str(tmp_path / "words.txt")) == ["ab", "b"]
     lm = str(tmp_path / "lm.arpa")
+    assert WordDecoder(LABELS, ["ab", "xy", "ab"], lm, Beam()).left_out == 1
     for make, words in (
         (lambda: WordDecoder(LABELS, ["xy", "z"], lm, Beam()), "none of the lexicon's 2 words"),
         (lambda: WordDecoder(LABELS, ["a"], str(tmp_path / "words.txt"), Beam()), "KenLM cannot read"),
         (lambda: read_lexicon(str(tmp_path / "none.txt")), "cannot read the words of"),
         (lambda: build_decoder(LABELS, "lm.bin", "", False, Beam()), "does not tell its words"),
         (lambda: build_decoder(LABELS, "", "words.txt", False, Beam()), "--lexicon is for --lm"),
+        (lambda: build_decoder(LABELS, "lm.arpa", "", True, Beam()), "--greedy takes no --lm"),
     ):
         with pytest.raises((ConfigError, DataError), match=words) as caught:
             make()
