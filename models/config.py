@@ -14,9 +14,9 @@ class ImageConfig:
     size: int = 224
     patch: int = 16
     channels: int = 3
-    positions: int = 0
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    positions: int = 0
 
     @property
     def grid(self) -> int:
