@@ -16,11 +16,11 @@ demo-text: .venv/.ready runs/corpus/english.idx
 	$(BIN)/python -m pretrain configs/pretrain/text_demo.yaml $(ARGS)
 	$(BIN)/python -m finetune.report runs/text_demo --data data/movie_reviews
 
-# Of the reviews only the training sentences, without their labels.
+# Of the reviews only the training sentences, without their labels, which their order would tell: it is not kept.
 TEXTS := data/state_of_the_union/state_of_the_union.txt.xz runs/corpus/reviews.txt
 runs/corpus/english.idx: .venv/.ready data/state_of_the_union/state_of_the_union.txt.xz data/movie_reviews/train.tsv.gz
 	rm -rf runs/corpus && mkdir -p runs/corpus
-	gzip -dc data/movie_reviews/train.tsv.gz | cut -f2 > runs/corpus/reviews.txt
+	gzip -dc data/movie_reviews/train.tsv.gz | cut -f2 | LC_ALL=C sort > runs/corpus/reviews.txt
 	$(BIN)/python -m pretrain.data.tokenizer train $(TEXTS) --vocabulary 8000 --out runs/corpus/tokenizer.model
 	$(BIN)/python -m pretrain.data.corpus $(TEXTS) --tokenizer runs/corpus/tokenizer.model --out runs/corpus/english
 

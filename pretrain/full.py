@@ -48,7 +48,7 @@ class Full:
     assets: dict[str, bytes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if wrong := [name for name in self.assets if Path(name).name != name]:
+        if wrong := [name for name in self.assets if not name or Path(name).name != name]:
             raise CheckpointError(f"{wrong[0]!r:.80} travels with the weights and is no name of a file")
         refuse_differences(self.tensors, expected_shapes(self.network("meta")))
 

@@ -444,6 +444,7 @@ def test_what_a_stranger_finds_is_heeded(strange, off, status, words, cases, tmp
     network.load_state_dict(full.tensors)
 
     def run(command, **_):
+        assert Path(command[-2]).is_dir() and command[-3] == str(ROOT / "convert/outsider.py")
         work = Path(command[-1])
         with torch.no_grad():
             logits = network(load_file(work / "inputs.safetensors")["pixel_values"])
@@ -528,6 +529,7 @@ def test_transformers_is_imported_by_what_runs_alone_and_by_nothing_else():
     users = {
         name for name in NAMES for top in imported((ROOT / name).read_text(), name) if top.startswith("transformers")
     }
+    assert users == {"convert/modeling_data2vec2.py", "convert/outsider.py"}
     for name in users:
         tops = {module.split(".")[0] for module in imported((ROOT / name).read_text(), name)}
         assert tops <= set(sys.stdlib_module_names) | {"torch", "transformers", "safetensors"}
