@@ -182,13 +182,10 @@ class ModelConfig:
     def path_rates(self) -> list[float]:
         """`dropout.path` of each block, the prenet's first: from 0 to the whole rate, as the reference's fine-tuning
         has it, which takes the steps of the main blocks for both (docs/method.md 4)."""
-        step = self.dropout.path / max(1, self.depth - 1)
-        last = self.dropout.path
-        first = min(last, self.prenet_depth * step)
-        between = (last - first) / max(1, self.depth - 1)
-        return [min(last, i * step) for i in range(self.prenet_depth)] + [
-            first + i * between for i in range(self.depth)
-        ]
+        rate, steps = self.dropout.path, max(1, self.depth - 1)
+        first = min(rate, self.prenet_depth * rate / steps)
+        prenet = [min(rate, i * rate / steps) for i in range(self.prenet_depth)]
+        return prenet + [first + i * (rate - first) / steps for i in range(self.depth)]
 
     @property
     def unit(self) -> str:
