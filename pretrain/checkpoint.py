@@ -150,7 +150,7 @@ def latest(folder: Path, pointer: str = LATEST) -> Path | None:
     nowhere."""
     try:
         name = (folder / pointer).read_text().strip()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     newest = folder / name
     if not newest.exists() and (folder / (REPLACED + name)).exists():  # killed while another took its place

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -14,11 +15,24 @@ import torch
 from torch import Tensor
 
 from finetune import ngram
-from finetune.decode import Beam, BeamDecoder, GreedyDecoder, WordDecoder, build_decoder, read_lexicon
+from finetune.config import load
+from finetune.decode import (
+    Beam,
+    BeamDecoder,
+    GreedyDecoder,
+    WordDecoder,
+    build_decoder,
+    read_lexicon,
+    read_recogniser,
+)
 from finetune.ngram import BEGIN, END, Gram, arpa, estimate
 from finetune.speech import BLANK, error_rates, greedy
+from models.config import HeadConfig
+from models.heads import FineTuned
+from pretrain import full
 from pretrain.data.sources import DataError
-from pretrain.settings import ConfigError
+from pretrain.full import Full
+from pretrain.settings import ConfigError, to_tree
 
 LABELS = ["<blank>", "|", "a", "b"]
 LEXICON = ["a", "b", "ab", "bab"]
@@ -210,3 +224,15 @@ def test_the_program_writes_a_model(
     assert "7 1-grams" in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", ["ngram", str(tmp_path / "none.txt"), "--out", str(out)])
     assert ngram.main() == 2 and capsys.readouterr().err.startswith("error: cannot read")
+
+
+def test_a_recogniser_is_read_from_a_file(tmp_path: Path) -> None:
+    config = load("tests/tiny_speech.yaml")
+    head = HeadConfig(outputs=len(LABELS))
+    settings = to_tree(config) | {"head": to_tree(head)}
+    assets = {full.LABELS: json.dumps(LABELS).encode()}
+    written = Full(FineTuned(config.model, head).state_dict(), settings, 3, assets)
+    full.write(written, tmp_path / "speech.safetensors")
+    weights, found, labels = read_recogniser(str(tmp_path / "speech.safetensors"), ["eval.batch_size=3"])
+    assert weights.tensors.keys() == written.tensors.keys() and labels == LABELS
+    assert found.eval.batch_size == 3 and found.model == config.model
