@@ -21,7 +21,7 @@ from models.heads import FineTuned
 from models.image import sincos_positions
 from pretrain import full
 from pretrain.data.image import ImageDataset
-from pretrain.data.sources import open_images
+from pretrain.data.sources import DataError, open_images
 from pretrain.full import Full
 from pretrain.settings import ConfigError, to_tree
 from tests.launch import ROOT
@@ -200,12 +200,23 @@ def test_top_classes(opened: ImageTask) -> None:
     outputs[range(len(references)), references] = 0.5
     outputs[: len(references) // 2, :4] = 1.0  # four others before it, unless it is one of them
     outputs[range(len(references) // 4), (references[: len(references) // 4] + 7) % 10] = 2.0
-    found = opened.score("test", opened.predict(outputs, examples([0])))
+    found = opened.score("test", opened.predict(outputs, examples([0] * len(references))))
     order = outputs.argsort(dim=1, descending=True).numpy()
     rank = np.array([list(row).index(c) for row, c in zip(order, references, strict=True)])
     ties = (outputs == outputs.gather(1, torch.from_numpy(references)[:, None])).sum(1).numpy() > 1
     assert found["top5"] == pytest.approx((rank < 5).mean(), abs=ties.mean() + 1e-9)
     assert opened.best(found) == found["accuracy"] < found["top5"] <= 1
+
+
+def test_what_stands_in_for_a_lost_image_is_not_judged(opened: ImageTask) -> None:
+    references = opened.evaluated["test"].references
+    outputs = F.one_hot(torch.from_numpy(references), 10).float()
+    outputs[:3] = outputs[:3].roll(1, dims=1)  # wrong
+    lost = examples([LEFT_OUT, LEFT_OUT, *[0] * (len(references) - 2)])
+    found = opened.score("test", opened.predict(outputs, lost))
+    assert found["accuracy"] == pytest.approx(1 - 1 / (len(references) - 2)) and found["unread"] == 2
+    with pytest.raises(DataError, match="none of the test images can be read"):
+        opened.score("test", [None] * len(references))
 
 
 def test_evaluations_see_the_middle(tmp_path: Path) -> None:
