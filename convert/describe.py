@@ -115,8 +115,8 @@ def _authors(path: Path) -> Summary:
 
 def _full(path: Path) -> Summary:
     tensors, metadata, assets = _header(path)
-    step = int(metadata.get("step", 0))
-    return Summary("full (safetensors)", tensors, path.stat().st_size, full.settings(path), step, assets)
+    settings = full.settings(path)  # tells, in one line, what of the metadata cannot be read
+    return Summary("full (safetensors)", tensors, path.stat().st_size, settings, int(metadata.get("step", 0)), assets)
 
 
 def _header(path: Path) -> tuple[dict[str, tuple[tuple[int, ...], str]], Mapping[str, str], dict[str, bytes]]:

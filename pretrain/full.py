@@ -117,18 +117,25 @@ def head_of(settings: Mapping[str, Any]) -> HeadConfig | None:
 def settings(path: str | Path) -> dict[str, Any]:
     """The resolved config of what `read` reads, without its weights."""
     path = Path(path).expanduser()
-    return _metadata(path)[0] if path.suffix == SUFFIX else find(path).settings
+    return _metadata(path)[0] if path.suffix == SUFFIX else _find(path).settings
 
 
 def assets(path: str | Path) -> dict[str, bytes]:
     """The files that travel with the weights of what `read` reads, without those."""
     path = Path(path).expanduser()
     if path.suffix != SUFFIX:
-        return assets_of(find(path).run)
+        return assets_of(_find(path).run)
     _metadata(path)  # tells, in one line, what cannot be read
     with safe_open(path, "pt") as file:
         names = [name for name in file.keys() if name.startswith(ASSETS)]  # noqa: SIM118 (it is no dict)
         return {name.removeprefix(ASSETS): file.get_tensor(name).numpy().tobytes() for name in names}
+
+
+def _find(path: Path) -> Checkpoint:
+    """What `find` finds. Raises ConfigError for a file in another form."""
+    if path.is_file() or (path / "config.json").is_file():
+        raise ConfigError(f"{path} is neither a run nor a full form; python -m convert makes a NAME{SUFFIX} of it")
+    return find(path)
 
 
 def _metadata(path: Path) -> tuple[dict[str, Any], int]:
@@ -138,7 +145,10 @@ def _metadata(path: Path) -> tuple[dict[str, Any], int]:
             metadata = file.metadata() or {}
         if "config" not in metadata:
             raise CheckpointError(f"{path} is no full form: no config in its metadata; python -m convert writes one")
-        return yaml.safe_load(metadata["config"]), int(metadata.get("step", 0))
+        found = yaml.safe_load(metadata["config"])
+        if not isinstance(found, dict):
+            raise CheckpointError(f"{path} is no full form: the config in its metadata has no sections")
+        return found, int(metadata.get("step", 0))
     except (OSError, SafetensorError, ValueError, yaml.YAMLError) as error:
         raise CheckpointError(f"cannot read {path}: {' '.join(str(error).split())[:200]}") from None
 
@@ -149,7 +159,7 @@ def read(path: str | Path) -> Full:
     Raises ConfigError or CheckpointError, in one line, if it is none of these or a part is missing.
     """
     path = Path(path).expanduser()
-    return _read_file(path) if path.suffix == SUFFIX else _read_checkpoint(find(path))
+    return _read_file(path) if path.suffix == SUFFIX else _read_checkpoint(_find(path))
 
 
 def _read_file(path: Path) -> Full:

@@ -74,15 +74,21 @@ def test_bad_files_are_one_line(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "plain.safetensors")
     (tmp_path / "text.safetensors").write_text("hello")
     save_file({"a": torch.zeros(1)}, tmp_path / "broken.safetensors", {"config": "model: [", "step": "1"})
+    save_file({"a": torch.zeros(1)}, tmp_path / "flat.safetensors", {"config": "3"})
     for name, words in (
         ("plain", "no config in its metadata"),
         ("text", "cannot read"),
         ("none", "cannot read"),
         ("broken", "cannot read"),
+        ("flat", "has no sections"),
     ):
         with pytest.raises(CheckpointError, match=words) as told:
             full.read(tmp_path / f"{name}.safetensors")
         assert "\n" not in str(told.value)
+    (tmp_path / "other.pt").write_bytes(b"")
+    for take in (full.read, full.settings, full.assets):
+        with pytest.raises(ConfigError, match=r"python -m convert makes a NAME\.safetensors of it"):
+            take(tmp_path / "other.pt")
     with pytest.raises(ConfigError, match="fine-tuned model has no teacher"):
         finetuned().encoder("teacher")
     with pytest.raises(ConfigError, match="know teacher, student"):
