@@ -140,8 +140,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     tree = read_tree(path, overrides)
     start = tree.get("train", {}).get("init_from") if isinstance(tree.get("train"), dict) else None
-    known = full.model_of(full.settings(start)) if start else None
+    known = full.model_of(full.settings(str(start))) if start and not isinstance(start, list | dict) else None
     if known:
+        wanted = TASKS.get(str(tree.get("task", Config.task)), known.modality)
+        if known.modality != wanted:
+            raise ConfigError(
+                f"train.init_from={start} is a model of {known.modality}; this task needs one of {wanted}"
+            )
         tree["model"] = merge(to_tree(known), tree.get("model") or {})
     config = build(Config, tree, source=str(path))
     image = config.model.image
