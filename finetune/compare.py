@@ -112,6 +112,8 @@ def keep_tokenizer(config: Config, folder: Path) -> None:
 def compare(path: str, given: list[str], kind: str, amounts: list[str], seeds: int, own: list[str], out: Path) -> None:
     """Runs what is not finished of both arms, for every amount and seed. Raises ConfigError, CheckpointError or
     TrialFailed."""
+    if seeds < 1:
+        raise ConfigError(f"--seeds {seeds} should be 1 or more")
     config = load(path, given)
     if not config.train.init_from:
         raise ConfigError(

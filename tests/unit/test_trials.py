@@ -126,3 +126,8 @@ def test_settings_for_nothing_are_refused(text: str) -> None:
 def test_nothing_to_compare_with_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"starts from nothing: give train\.init_from"):
         compare.compare(TINY, [], "labels", ["10"], 1, [], tmp_path)
+
+
+def test_no_seeds_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--seeds 0 should be 1 or more"):
+        compare.compare(TINY, [], "labels", ["10"], 0, [], tmp_path)
