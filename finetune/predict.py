@@ -42,6 +42,8 @@ def predict(run: str | Path, out: str | Path, splits: Sequence[str] = (), data: 
     config = build(Config, found.settings, source=str(run))
     text = replace(config.text, tokenizer="")  # which has come with the weights
     config = replace(config, text=text, data=replace(config.data, path=data or config.data.path))
+    if text.kind != NUMBER and full.LABELS not in found.assets:
+        raise CheckpointError(f"{run} has no {full.LABELS} that names its outputs")
     classes = [] if text.kind == NUMBER else json.loads(found.assets[full.LABELS])
     low, high = text.range or (0.0, 1.0)
     meaning = Meaning(classes, low, high, bounded=bool(text.task))

@@ -21,6 +21,7 @@ from finetune.text import Meaning, TextTask, find_tokenizer, open_texts, travell
 from models.config import HeadConfig
 from models.heads import FineTuned
 from pretrain import full
+from pretrain.checkpoint import CheckpointError
 from pretrain.config import BatchPlan
 from pretrain.data.names import digest
 from pretrain.data.sources import DataError
@@ -529,6 +530,14 @@ def test_a_model_of_another_kind_predicts_nothing(tmp_path: Path) -> None:
     settings = to_tree(config) | {"task": "image", "head": {"outputs": 2}}
     full.write(Full(FineTuned(config.model, HeadConfig(2)).state_dict(), settings), tmp_path / "a.safetensors")
     refused(lambda: predict(tmp_path / "a.safetensors", tmp_path / "out"), "is no fine-tuned text model")
+
+
+def test_outputs_without_names_predict_nothing(tmp_path: Path) -> None:
+    config = config_of(tmp_path, None)
+    settings = to_tree(config) | {"head": {"outputs": 2}}
+    full.write(Full(FineTuned(config.model, HeadConfig(2)).state_dict(), settings), tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match=r"has no labels\.json that names its outputs"):
+        predict(tmp_path / "a.safetensors", tmp_path / "out")
 
 
 def figures(**values: float) -> dict[str, float]:
