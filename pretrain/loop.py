@@ -248,7 +248,11 @@ def last_good(checkpoints: Path) -> str:
 def refuse_other_experiment(newest: Path, config: Settings) -> None:
     """A run folder continues the experiment that it holds, or nothing."""
     file = newest / "config.yaml"
-    changed = checkpoint.differences(build(type(config), read_tree(file), source=str(file)), config)
+    tree = read_tree(file)
+    if ("task" in tree) != hasattr(config, "task"):
+        kind = "fine-tuning" if "task" in tree else "pre-training"
+        raise ConfigError(f"{newest.parent.parent} holds a run of {kind}; choose another run.dir")
+    changed = checkpoint.differences(build(type(config), tree, source=str(file)), config)
     if changed:
         raise ConfigError(
             f"{newest.parent.parent} holds a run with other settings ({'; '.join(changed[:4])}); choose "

@@ -40,7 +40,9 @@ class Checkpoint:
 
     @property
     def config(self) -> Config:
-        """Of a pre-training run."""
+        """Of a pre-training run. Raises ConfigError if it is another."""
+        if "task" in self.settings:
+            raise ConfigError(f"{self.run} is a run of fine-tuning; give one of pre-training")
         return load(self.folder / "config.yaml")
 
     @property

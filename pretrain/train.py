@@ -14,7 +14,7 @@ from models.config import LossConfig
 from models.data2vec import Batch, Data2Vec, Output
 from models.masks import row_keys
 from models.targets import Moments, deviation, pool
-from pretrain.checkpoint import RunState, start_from
+from pretrain.checkpoint import CheckpointError, RunState, start_from
 from pretrain.config import BatchPlan, Config, batch_plan
 from pretrain.data.loader import Dataset, build_dataset, build_loader
 from pretrain.ema import ShardedTeacher
@@ -181,6 +181,8 @@ class PreTraining:
 
 def pretrained(weights: Full, config: Config) -> dict[str, Tensor]:
     """A start for the model of `config`. Raises CheckpointError if it is another's."""
+    if weights.head is not None:
+        raise CheckpointError(f"train.init_from={config.train.init_from} is fine-tuned, and has no teacher and decoder")
     with torch.device("meta"):
         expected = expected_shapes(Data2Vec(config.model))
     refuse_differences(weights.tensors, expected, f"train.init_from={config.train.init_from}")
