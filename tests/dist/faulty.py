@@ -13,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pretrain.__main__ as program
-from pretrain import checkpoint, fingerprint, train
+import pretrain.__main__ as entry
+from pretrain import checkpoint, fingerprint, program, train
 from pretrain.data.sources import DataError
 from pretrain.train import Trainer
 
@@ -76,13 +76,13 @@ def other_data() -> None:
 
 
 def another_rate() -> None:
-    whole = program.load
+    whole = entry.load
 
     def load(*args: Any) -> Any:
         config = whole(*args)
         return replace(config, optim=replace(config.optim, lr=0.5))
 
-    program.load = load
+    entry.load = load
 
 
 FAULTS: dict[str, Callable[[], None]] = {
@@ -105,4 +105,4 @@ if __name__ == "__main__":
     del sys.argv[1:3]
     if os.environ.get("RANK") == rank:
         FAULTS[fault]()
-    sys.exit(program.main())
+    sys.exit(entry.main())
