@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from convert import data2vec2, fast_tokenizer, roberta
+from convert.authors import COPY_TEACHER
 from models.config import RATE, HeadConfig, ModelConfig, problems
 from models.data2vec import Data2Vec, Encoder
 from models.heads import FineTuned
@@ -38,14 +39,13 @@ from pretrain.checkpoint import CheckpointError
 from pretrain.data.sources import DataError
 from pretrain.data.tokenizer import Tokenizer, tokenizer_among
 from pretrain.files import flush
-from pretrain.full import LABELS, Full, head_of, model_of
+from pretrain.full import Full, head_of, model_of
 from pretrain.settings import ConfigError, to_tree
 
 BOUND = 1e-5  # on features, which the last LayerNorm has made about 1, and on logits, as a share of the largest
 WEIGHTS, REST, ASSETS = "model.safetensors", "data2vec2_rest.safetensors", "assets"
 OURS = "data2vec2"
 OUTSIDER = Path(__file__).with_name("outsider.py")
-COPY_TEACHER = "--teacher-from-student"
 FINE_TUNED = {
     "image": "AutoModelForImageClassification",
     "audio": "AutoModelForCTC",
@@ -102,7 +102,7 @@ def _form(model: ModelConfig) -> Any:
 
 def _write(full: Full, tensors: dict[str, Tensor], folder: Path) -> Tokenizer | None:
     """All files but the rest; -> the tokenizer of a model of text, if it has one."""
-    model, head, labels = full.model, full.head, _labels(full)
+    model, head, labels = full.model, full.head, full.labels
     for name, content in full.assets.items():
         (folder / ASSETS).mkdir(exist_ok=True)
         (folder / ASSETS / name).write_bytes(content)
@@ -129,19 +129,6 @@ def _tokenizer(full: Full) -> Tokenizer | None:
         return tokenizer_among(full.assets, full.model.text)
     except (ConfigError, DataError) as error:
         raise CheckpointError(str(error)) from None
-
-
-def _labels(full: Full) -> list[str] | None:
-    """Names of the outputs. Raises CheckpointError if there are more or fewer."""
-    if full.head is None or LABELS not in full.assets:
-        return None
-    try:
-        labels = json.loads(full.assets[LABELS])
-    except ValueError:
-        labels = None
-    if not isinstance(labels, list) or len(labels) != full.head.outputs:
-        raise CheckpointError(f"{LABELS} is no list of {full.head.outputs} names, one an output")
-    return list(map(str, labels))
 
 
 def _write_rest(full: Full, which: str, path: Path) -> None:

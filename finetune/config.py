@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from models.config import HeadConfig, ModelConfig
 from pretrain import full
+from pretrain.checkpoint import latest
 from pretrain.config import (
     DataConfig,
     OptimConfig,
@@ -16,6 +17,7 @@ from pretrain.config import (
     TrainConfig,
     WatchConfig,
     check_settings,
+    default_folder,
 )
 from pretrain.data.tables import Columns
 from pretrain.settings import ConfigError, build, merge, read_tree, to_tree
@@ -139,8 +141,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises ConfigError or CheckpointError, always one line.
     """
     tree = read_tree(path, overrides)
-    start = tree.get("train", {}).get("init_from") if isinstance(tree.get("train"), dict) else None
-    known = full.model_of(full.settings(str(start))) if start and not isinstance(start, list | dict) else None
+    start = _known(tree, path)
+    known = full.model_of(full.settings(start)) if start else None
     if known:
         wanted = TASKS.get(str(tree.get("task", Config.task)), known.modality)
         if known.modality != wanted:
@@ -153,9 +155,19 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if known and config.model.modality == "image" and image.grid != known.image.grid and not image.positions:
         config = replace(config, model=replace(config.model, image=replace(image, positions=known.image.grid)))
     if not config.run.dir:
-        config = replace(config, run=replace(config.run, dir=f"runs/{Path(path).stem}"))
+        config = replace(config, run=replace(config.run, dir=default_folder(path)))
     check(config)
     return config
+
+
+def _known(tree: Mapping[str, typing.Any], path: str | Path) -> str:
+    """What the model's settings come from: a run that has begun has its own, and needs its start no more."""
+    train, run = (found if isinstance(found := tree.get(key), dict) else {} for key in ("train", "run"))
+    start = train.get("init_from")
+    if not start or isinstance(start, list | dict):
+        return ""
+    own = str(run.get("dir") or default_folder(path))
+    return own if latest(Path(own) / "checkpoints") else str(start)
 
 
 def check(config: Config) -> None:

@@ -6,7 +6,6 @@ python -m finetune.decode RUN --split test --lm lm.arpa        also: NAME.safete
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -187,8 +186,8 @@ def read_recogniser(path: str, overrides: Sequence[str]) -> tuple[Full, Config, 
     weights = full.read(best or path)
     if weights.head is None or weights.settings.get("task") != "speech":
         raise ConfigError(f"{path} is no recogniser: it was not fine-tuned with task: speech")
-    labels = json.loads(weights.assets.get(full.LABELS, b"[]"))
-    if labels[:2] != LABELS or len(labels) != weights.head.outputs:
+    labels = weights.labels
+    if labels is None or labels[:2] != LABELS:
         raise CheckpointError(f"{path} has no labels.json that names its {weights.head.outputs} outputs")
     return weights, build(Config, merge(weights.settings, overridden({}, overrides)), source=path), labels
 

@@ -122,7 +122,9 @@ class FineTuning:
 
     def build(self, weights: Full | None) -> Trainer:
         config = self.config
-        return Trainer(config, self.world, self.task, encoder_weights(weights, config) if weights else None)
+        return Trainer(
+            config, self.world, self.task, start_weights(weights, config, self.task.labels) if weights else None
+        )
 
     def batches(self, dataset: Any, trainer: Trainer) -> Generator[Examples, None, None]:
         task = self.task
@@ -144,14 +146,14 @@ class FineTuning:
         return ""
 
 
-def encoder_weights(weights: Full, config: Config) -> dict[str, Tensor]:
+def start_weights(weights: Full, config: Config, labels: list[str]) -> dict[str, Tensor]:
     """A start for the network of `config` but for its head: one of the encoders of a pre-trained model, or all of a
-    fine-tuned one that has the same outputs. Raises CheckpointError if it is another's."""
+    fine-tuned one whose outputs have the same names. Raises CheckpointError if it is another's."""
     with torch.device("meta"):
         expected = expected_shapes(FineTuned(config.model, config.head))
     where = f"train.init_from={config.train.init_from}"
     found = {f"student.{name}": tensor for name, tensor in weights.encoder(config.which).items()}
-    if weights.head is not None and weights.head.outputs == config.head.outputs:
+    if weights.head is not None and weights.labels == labels:
         found |= {name: tensor for name, tensor in weights.tensors.items() if name.startswith("head.")}
     else:
         expected = {name: shape for name, shape in expected.items() if not name.startswith("head.")}

@@ -190,9 +190,14 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     """
     config = build(Config, read_tree(path, overrides), source=str(path))
     if not config.run.dir:
-        config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=f"runs/{Path(path).stem}"))
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=default_folder(path)))
     check(config)
     return config
+
+
+def default_folder(path: str | Path) -> str:
+    """Of the run of a YAML file that names none."""
+    return f"runs/{Path(path).stem}"
 
 
 def check(config: Config) -> None:
@@ -226,7 +231,7 @@ def check_settings(config: Settings, more: typing.Sequence[tuple[bool, str]]) ->
     optim, train, data, run = config.optim, config.train, config.data, config.run
     image, audio, watch = data.image, data.audio, config.watch
     rules = [
-        (optim.lr > 0, f"optim.lr={optim.lr} must be positive"),
+        (0 < optim.lr < math.inf, f"optim.lr={optim.lr} must be positive"),
         (all(0 <= b < 1 for b in optim.betas), f"optim.betas={optim.betas} must lie in [0, 1)"),
         (optim.eps > 0 and optim.weight_decay >= 0, "optim.eps must be positive and optim.weight_decay 0 or more"),
         (optim.warmup_steps >= 0, f"optim.warmup_steps={optim.warmup_steps} must be 0 or more"),

@@ -9,6 +9,7 @@ The step and the run's resolved settings are the file's metadata.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,6 +61,20 @@ class Full:
     def head(self) -> HeadConfig | None:
         """None: the model is pre-trained."""
         return head_of(self.settings)
+
+    @property
+    def labels(self) -> list[str] | None:
+        """Names of a fine-tuned model's outputs, in their order, if they came with it. Raises CheckpointError if they
+        are not as many."""
+        if self.head is None or LABELS not in self.assets:
+            return None
+        try:
+            labels = json.loads(self.assets[LABELS])
+        except ValueError:
+            labels = None
+        if not isinstance(labels, list) or len(labels) != self.head.outputs:
+            raise CheckpointError(f"{LABELS} is no list of {self.head.outputs} names, one an output")
+        return list(map(str, labels))
 
     def network(self, device: str = "cpu") -> Data2Vec | FineTuned:
         """The module whose state dict the tensors are, not filled."""

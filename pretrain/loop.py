@@ -134,7 +134,18 @@ def run(job: Job) -> int:
     stop = StopRequest(world)
     batches = job.batches(dataset, trainer)
     saved = state.step
+
+    def save(best: bool) -> None:
+        watchdog.other(f"the checkpoint after step {state.step}")
+        path = checkpoint.save(checkpoints, trainer.engine, trainer.teacher, state, config, world, best)
+        recorder.note(f"saved {path}")
+
     try:
+        missed = world.as_main(bool(newest) and recorder.evaluated_last != state.step)
+        if missed and evaluation and evaluation.due(state.step):  # it was left at a signal
+            watchdog.other(f"the evaluation after step {state.step}")
+            if evaluate(evaluation, state, recorder):
+                save(best=True)
         while state.step < steps:
             watchdog.step(state.step + 1)
             sums, result = trainer.step([next(batches) for _ in range(trainer.plan.accumulation)])
@@ -145,7 +156,8 @@ def run(job: Job) -> int:
                     f"step {state.step + 1}: the gradient is not finite ({result.grad_norm}); nothing was updated."
                 )
             stopping = stop.agreed()
-            evaluating = evaluation if evaluation and result.applied and evaluation.due(state.step) else None
+            leaving = stopping and state.step < steps  # at once: what is due is evaluated when the run continues
+            evaluating = bool(evaluation and result.applied and not leaving and evaluation.due(state.step))
             logging = state.step % config.run.log_every == 0 or state.step == steps
             saving = state.step > saved and (stopping or state.step % config.run.save_every == 0 or state.step == steps)
             if result.applied and (logging or saving or evaluating):
@@ -156,15 +168,13 @@ def run(job: Job) -> int:
                 if logging:
                     recorder.record(state.step, metrics, read)
             best = False
-            if evaluating:
+            if evaluation and evaluating:
                 watchdog.other(f"the evaluation after step {state.step}")
-                best = evaluate(evaluating, state, recorder)
+                best = evaluate(evaluation, state, recorder)
             if saving or best:
-                watchdog.other(f"the checkpoint after step {state.step}")
-                path = checkpoint.save(checkpoints, trainer.engine, trainer.teacher, state, config, world, best)
-                recorder.note(f"saved {path}")
+                save(best)
                 saved = state.step
-            if stopping and state.step < steps:
+            if leaving:
                 name = stop.received.name if stop.received else "a signal on another rank"
                 recorder.say(
                     f"{name}: saved after step {state.step}; the same command continues (exit status {EXIT_RESUME})"

@@ -39,10 +39,12 @@ class Recorder:
         self._tty = sys.stdout.isatty()
         self._open_line = False
         self._since = (time.monotonic(), step, read)
+        self.evaluated_last = 0
         if not active:
             return
         folder.mkdir(parents=True, exist_ok=True)
         self._files = {name: _reopen(folder / f"{name}.jsonl", step) for name in ("metrics", "speed", "eval")}
+        self.evaluated_last = last_step(folder / "eval.jsonl")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def record(self, step: int, metrics: dict[str, float], read: int) -> None:
@@ -108,6 +110,12 @@ class Recorder:
             line = f"\r\x1b[2K{line[: shutil.get_terminal_size().columns - 1]}"
         print(line, end="" if self._tty else "\n", flush=True)
         self._open_line = self._tty
+
+
+def last_step(path: Path) -> int:
+    """Of a file of metrics; 0: it has none."""
+    lines = path.read_text().splitlines()
+    return int(json.loads(lines[-1])["step"]) if lines else 0
 
 
 def _reopen(path: Path, step: int) -> Any:

@@ -69,6 +69,14 @@ class World:
             dist.all_reduce(tensor, group=self.data_group)
         return tensor
 
+    def as_main(self, flag: bool) -> bool:
+        """What rank 0 says. Collective."""
+        if self.size == 1:
+            return flag
+        said = torch.tensor(int(flag), device=self.device)
+        dist.broadcast(said, 0)
+        return bool(said)
+
     def sum_slices(self, tensor: torch.Tensor) -> torch.Tensor:
         """Adds up over the slices of split layers, in place."""
         if self.tensor_ranks > 1:

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
@@ -64,11 +63,7 @@ class Probe:
         if step % probe.every:
             return False
         elapsed = time.monotonic() - self._began
-        fits = self._spent + self._last <= probe.share * (elapsed + self._last)
-        if self.world.size > 1:
-            flag = torch.tensor(int(fits), device=self.world.device)
-            dist.broadcast(flag, 0)
-            fits = bool(flag)
+        fits = self.world.as_main(self._spent + self._last <= probe.share * (elapsed + self._last))
         if not fits and self.world.is_main:
             self._note(
                 f"step {step}: no probe; it would take {self._last:.1f} s, the {self._count} so far have taken "
