@@ -132,7 +132,7 @@ def test_rates_fall_towards_the_input() -> None:
     groups = parameter_groups(network, FineTuningOptimConfig(layer_decay=0.65, weight_decay=0.05))
     rate = {names[id(p)]: g["lr_scale"] for g in groups for p in g["params"]}
     decay = {names[id(p)]: g["weight_decay"] for g in groups for p in g["params"]}
-    assert rate.keys() == names_of(network) and len(groups) == 14
+    assert rate.keys() == names_of(network) and len(groups) == 16
     # The reference: six blocks make seven layers; block i, counted from 0, has 0.65 ** (7 - (i + 1)).
     for i, block in enumerate(["prenet.0", "prenet.1", "blocks.0", "blocks.1", "blocks.2", "blocks.3"]):
         assert rate[f"student.{block}.attn.qkv.weight"] == pytest.approx(0.65 ** (7 - (i + 1)))
