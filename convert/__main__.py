@@ -84,9 +84,10 @@ def convert(
 
 def read(source: str, teacher_from_student: bool = False) -> tuple[Full, list[str]]:
     """The full form of whatever `source` is, and what to tell the user of it."""
-    if Path(source).suffix == authors.SUFFIX:
+    path = Path(source).expanduser()
+    if path.suffix == authors.SUFFIX:
         return authors.read(source, teacher_from_student)
-    if (Path(source) / "config.json").is_file():
+    if (path / "config.json").is_file():
         return import_module(HUGGING_FACE).read(source, teacher_from_student), []
     return full.read(source), []
 
