@@ -120,7 +120,7 @@ def test_a_rank_that_sleeps(faulty: Callable[..., Ranks], tmp_path: Path) -> Non
         assert f"stacks in {tmp_path}/run/stacks/rank_*.txt; {sleeper}" in line and "fall_asleep" in line
         assert line.endswith(f"; rank 0 ({socket.gethostname()}, pid {ranks.processes[0].pid}) waits for other ranks")
     stacks = [(tmp_path / "run" / "stacks" / f"rank_{rank}.txt").read_text() for rank in range(2)]
-    assert all("step 8 has taken too long" in text and "in train" in text for text in stacks)
+    assert all("step 8 has taken too long" in text and "in run" in text for text in stacks)
     assert "fall_asleep" in stacks[1] and "fall_asleep" not in stacks[0]
 
 
