@@ -4,7 +4,8 @@ python -m finetune.compare CONFIG [section.key=value ...] --labels 100 1000 all 
 
 All else is equal: labels, steps, seeds. Settings may follow the amount of labels or the start:
 --override 100:train.steps=300 --override scratch:optim.lr=1e-3. Each training has its folder in runs/compare_CONFIG (or
---out), where it is not run again once finished; compare.json, table.txt and compare.png there say what came out.
+--out), where it is not run again once finished; compare.json, table.txt and compare.png there say what came out, by the
+first figure of an evaluation or by --figure.
 """
 
 from __future__ import annotations
@@ -43,28 +44,45 @@ class Comparison:
     kind: str  # of amount: labels or minutes
     amounts: list[str]
     figures: dict[str, dict[str, list[Figures]]]
+    figure: str = ""
+    """The one that is compared; empty: the first."""
 
     @property
     def judged(self) -> str:
-        """The figure that is compared: the first of the first split."""
-        return next(iter(next(found[0] for arm in self.figures.values() for found in arm.values() if found)))
+        """SPLIT/FIGURE, of the first split. Raises ConfigError if there is no such figure."""
+        known = list(next(found[0] for arm in self.figures.values() for found in arm.values() if found))
+        wanted = f"{known[0].partition('/')[0]}/{self.figure}" if self.figure else known[0]
+        if wanted not in known:
+            names = ", ".join(name.partition("/")[2] for name in known)
+            raise ConfigError(f"--figure {self.figure}: evaluations have {names}")
+        return wanted
+
+    @property
+    def scale(self) -> int:
+        """Shares are shown as percentages, a loss as it is."""
+        return 1 if self.judged.endswith("/loss") else 100
+
+    @property
+    def unit(self) -> str:
+        return f"{self.judged} x 100" if self.scale == 100 else self.judged
 
     def spread(self, arm: str, amount: str) -> tuple[float, float] | None:
-        """Mean and deviation over seeds, times 100; None where no training is finished."""
-        values = [100 * found[self.judged] for found in self.figures[arm][amount]]
+        """Mean and deviation over seeds, times `scale`; None where no training is finished."""
+        values = [self.scale * found[self.judged] for found in self.figures[arm][amount]]
         return (statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0) if values else None
 
     def cell(self, arm: str, amount: str) -> str:
         found, count = self.spread(arm, amount), len(self.figures[arm][amount])
         if not found:
             return "-"
-        return f"{found[0]:.1f} ± {found[1]:.1f}" if count > 1 else f"{found[0]:.1f}"
+        shown = [f"{value:.{1 if self.scale == 100 else 3}f}" for value in found]
+        return " ± ".join(shown) if count > 1 else shown[0]
 
     def __str__(self) -> str:
         width, cell = max(map(len, (self.kind, *ARMS))), 14
         seeds = max(len(found) for arm in self.figures.values() for found in arm.values())
         lines = [
-            f"{self.judged} x 100, mean ± deviation over {seeds} seeds",
+            f"{self.unit}, mean ± deviation over {seeds} seeds",
             f"{self.kind:<{width}}" + "".join(f"{amount:>{cell}}" for amount in self.amounts),
             "-" * (width + cell * len(self.amounts)),
             *(f"{arm:<{width}}" + "".join(f"{self.cell(arm, n):>{cell}}" for n in self.amounts) for arm in ARMS),
@@ -85,7 +103,7 @@ class Comparison:
             axes.set_xticks(range(len(self.amounts)), self.amounts)
             axes.set_xlim(-0.3, len(self.amounts) - 0.7)
             axes.set_xlabel(self.kind)
-            axes.set_ylabel(f"{self.judged} x 100")
+            axes.set_ylabel(self.unit)
             axes.legend()
             with replacing(path) as beside:
                 figure.savefig(beside, format="png", dpi=150)
@@ -109,7 +127,9 @@ def keep_tokenizer(config: Config, folder: Path) -> None:
             write_atomically(folder / "start" / name, content)
 
 
-def compare(path: str, given: list[str], kind: str, amounts: list[str], seeds: int, own: list[str], out: Path) -> None:
+def compare(
+    path: str, given: list[str], kind: str, amounts: list[str], seeds: int, own: list[str], out: Path, figure: str = ""
+) -> None:
     """Runs what is not finished of both arms, for every amount and seed. Raises ConfigError, CheckpointError or
     TrialFailed."""
     if seeds < 1:
@@ -142,7 +162,7 @@ def compare(path: str, given: list[str], kind: str, amounts: list[str], seeds: i
             }
             for arm in ARMS
         }
-        table = Comparison(kind, amounts, figures)
+        table = Comparison(kind, amounts, figures, figure)
         print(f"\n{table}\n", flush=True)
         write_atomically(out / "table.txt", f"{table}\n")
         write_atomically(out / "compare.json", json.dumps({"kind": kind, "figures": figures}, indent=1) + "\n")
@@ -179,12 +199,13 @@ def main() -> int:
         amounts.add_argument(f"--{kind}", nargs="+", type=amount_of, metavar="N", help=f"{kind} to learn from, or all")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="trainings of each kind (default 3)")
     parser.add_argument("--override", action="append", default=[], metavar="KEY:section.key=value")
+    parser.add_argument("--figure", default="", metavar="NAME", help="what is compared (default: the first there is)")
     parser.add_argument("--out", type=Path, metavar="FOLDER")
     args = parser.parse_intermixed_args()
     kind = next(kind for kind in KINDS if getattr(args, kind))
     out = args.out or Path("runs") / f"compare_{Path(args.config).stem}"
     try:
-        compare(args.config, args.overrides, kind, getattr(args, kind), args.seeds, args.override, out)
+        compare(args.config, args.overrides, kind, getattr(args, kind), args.seeds, args.override, out, args.figure)
     except (ConfigError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT

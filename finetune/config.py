@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -35,13 +36,15 @@ class LabelledDataConfig(DataConfig):
 @dataclass(frozen=True)
 class FineTuningOptimConfig(OptimConfig):
     """`schedule`: cosine, linear (both to 0) or tri_stage (`hold` of the steps at the peak, then exponentially to
-    `final_scale` of it). `layer_decay`: the rate of block i of n, counted from 1, is multiplied by it n + 1 - i times.
-    Only the head learns before step `freeze_steps`; a waveform's convolutions never do with `freeze_local`."""
+    `final_scale` of it). `layer_decay`: the rate of block i of n, counted from 1, is multiplied by it n + 1 - i times,
+    the head's by `head_scale`. Only the head learns before step `freeze_steps`; a waveform's convolutions never do with
+    `freeze_local`."""
 
     schedule: str = "cosine"
     hold: float = 0.4
     final_scale: float = 0.05
     layer_decay: float = 1.0
+    head_scale: float = 1.0
     freeze_steps: int = 0
     freeze_local: bool = False
 
@@ -202,6 +205,7 @@ def check(config: Config) -> None:
                 "optim.freeze_local is for a waveform's convolutions: leave it out",
             ),
             (0 < optim.layer_decay <= 1, f"optim.layer_decay={optim.layer_decay} must lie in (0, 1]"),
+            (0 < optim.head_scale < math.inf, f"optim.head_scale={optim.head_scale} must be more than 0"),
             (optim.freeze_steps >= 0, f"optim.freeze_steps={optim.freeze_steps} must be 0 or more"),
             (0 <= config.head.dropout < 1, f"head.dropout={config.head.dropout} must lie in [0, 1)"),
             *(

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from finetune.config import Config, check
 from finetune.evaluate import Evaluations
-from finetune.speech import BETWEEN, BLANK, LABELS, SpeechTask, Spoken, error_rates, greedy
-from finetune.task import Examples
+from finetune.speech import BETWEEN, BLANK, LABELS, Heard, SpeechTask, greedy
 from pretrain import full
 from pretrain.checkpoint import BEST, CheckpointError, latest
 from pretrain.data.sources import DataError
@@ -172,11 +171,8 @@ class Decoding(SpeechTask):
         super().__init__(config, progress=True, labels=labels)
         self.decoder = decoder
 
-    def predict(self, outputs: Tensor, examples: Examples) -> list[str | None]:
-        assert isinstance(examples, Spoken) and examples.genuine is not None
-        log_probs = outputs.float().log_softmax(dim=-1).cpu()
-        rows = zip(log_probs, examples.frames, examples.genuine.tolist(), strict=True)
-        return [self.decoder(row[:frames]) if own else None for row, frames, own in rows]
+    def hear(self, log_probs: Tensor) -> str:
+        return self.decoder(log_probs)
 
 
 def read_recogniser(path: str, overrides: Sequence[str]) -> tuple[Full, Config, list[str]]:
@@ -192,7 +188,7 @@ def read_recogniser(path: str, overrides: Sequence[str]) -> tuple[Full, Config, 
     return weights, build(Config, merge(weights.settings, overridden({}, overrides)), source=path), labels
 
 
-def decode(weights: Full, task: Decoding) -> dict[str, list[str | None]]:
+def decode(weights: Full, task: Decoding) -> dict[str, list[Heard | None]]:
     """What is heard in each clip of the config's splits."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = weights.network()
@@ -201,11 +197,11 @@ def decode(weights: Full, task: Decoding) -> dict[str, list[str | None]]:
     return {name: found.predictions(name, split) for name, split in task.evaluated.items()}
 
 
-def write_heard(path: Path, task: Decoding, split: str, heard: Sequence[str | None]) -> None:
+def write_heard(path: Path, task: Decoding, split: str, heard: Sequence[Heard | None]) -> None:
     """A table of files, what is said in them, and what is heard."""
     dataset, references = task.evaluated[split]
     names = (dataset.name(i) for i in range(len(dataset)))
-    rows = zip(names, references.texts, (text or "" for text in heard), strict=True)
+    rows = zip(names, references.texts, (found.text if found else "" for found in heard), strict=True)
     write_atomically(path, "".join("\t".join(row) + "\n" for row in (("file", "said", "heard"), *rows)))
 
 
@@ -251,10 +247,10 @@ def main() -> int:
             print(f"data: {note}")
         heard = decode(weights, task)
         folder = Path(args.out or (Path(args.path).parent if args.path.endswith(full.SUFFIX) else find(args.path).run))
-        for split, texts in heard.items():
-            rates = error_rates(task.evaluated[split].references.texts, texts)
+        for split, found in heard.items():
+            rates = task.score(split, found)
             file = folder / f"heard_{split}.tsv"
-            write_heard(file, task, split, texts)
+            write_heard(file, task, split, found)
             print(f"{split}: " + "  ".join(f"{name} {value:.4f}" for name, value in rates.items()) + f"  ({file})")
     except (ConfigError, DataError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -18,8 +18,9 @@ INITIAL = 0.01  # of the peak (fairseq's default, which wav2vec 2.0's files leav
 
 def parameter_groups(model: FineTuned, config: FineTuningOptimConfig) -> list[dict[str, Any]]:
     """A group for each rate and whether it is spared the weight decay (docs/method.md 4). With `layer_decay` d, block i
-    of n, the prenet's first, counted from 1, has the rate times d ** (n + 1 - i); all else has the full one, but for a
-    waveform's convolutions with `freeze_local`, which have none. `head`: whether a group is the head's."""
+    of n, the prenet's first, counted from 1, has the rate times d ** (n + 1 - i); the head has `head_scale` times the
+    rate, a waveform's convolutions none with `freeze_local`, and all else the full one. `head`: whether a group is the
+    head's."""
     blocks = model.config.prenet_depth + model.config.depth
     groups: dict[tuple[float, bool, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -27,6 +28,8 @@ def parameter_groups(model: FineTuned, config: FineTuningOptimConfig) -> list[di
         if match := re.match(r"student\.(prenet|blocks)\.(\d+)\.", name):
             number = int(match[2]) + 1 + (model.config.prenet_depth if match[1] == "blocks" else 0)
             scale = config.layer_decay ** (blocks + 1 - number)
+        elif name.startswith("head."):
+            scale = config.head_scale
         elif config.freeze_local and name.startswith(FROZEN):
             scale = 0.0
         exempt = config.exempt_1d and parameter.ndim <= 1

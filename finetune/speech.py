@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jiwer
 import numpy as np
@@ -67,6 +68,14 @@ class References:
     def letters(self, index: int) -> NDArray[np.int64]:
         """(S,) labels of a clip; none if one is missing."""
         return self.packed[self.ends[index] : self.ends[index + 1]].astype(np.int64)
+
+
+class Heard(NamedTuple):
+    """In a clip: words, and the CTC loss of what is said, in nats, with the `letters` that it is a sum over."""
+
+    text: str
+    loss: float
+    letters: int
 
 
 class Utterances(Some):
@@ -181,11 +190,10 @@ class SpeechTask(Task):
         cut = [replace(sample, inputs=sample.inputs[:longest]) for sample in samples]  # what stands in for others
         inputs, lengths, _ = pad(cut, model)
         frames = tuple(model.audio.frames(len(sample.inputs)) for sample in cut)
-        letters = [torch.zeros(0, dtype=torch.int64)] * len(samples)
+        none = torch.zeros(0, dtype=torch.int64)
+        letters = [none if s.failures else torch.from_numpy(references.letters(s.index)) for s in samples]
         hidden = channels = None
         if references.learned:
-            pairs = zip(samples, letters, strict=True)
-            letters = [none if s.failures else torch.from_numpy(references.letters(s.index)) for s, none in pairs]
             ids = np.array([[sample.epoch, sample.index] for sample in samples])
             keys = row_keys(self.config.train.seed, ids[:, 0], ids[:, 1], 2).reshape(-1, 2)
             t, d = max(frames), np.full(len(cut), model.width)
@@ -209,24 +217,38 @@ class SpeechTask(Task):
     def loss(self, outputs: Tensor, examples: Examples) -> Tensor:
         """Infinite, if a clip had fewer frames than its letters need; none has."""
         assert isinstance(examples, Spoken) and examples.genuine is not None
-        log_probs = outputs.float().log_softmax(-1).transpose(0, 1)
-        frames: Any = examples.frames  # of tensors the values would be fetched from the device
-        letters: Any = examples.letters
-        each = F.ctc_loss(log_probs, examples.targets, frames, letters, BLANK, "none")
-        return torch.where(examples.genuine, each, 0).sum()
+        return torch.where(examples.genuine, ctc_losses(outputs.float().log_softmax(-1), examples), 0).sum()
 
-    def predict(self, outputs: Tensor, examples: Examples) -> list[str | None]:
-        """What is heard in each clip; None, if another stands in for it."""
+    def hear(self, log_probs: Tensor) -> str:
+        """(T, C) on the host -> words."""
+        return greedy(log_probs.argmax(dim=-1).numpy(), self.labels)
+
+    def predict(self, outputs: Tensor, examples: Examples) -> list[Heard | None]:
+        """None, if another clip stands in for one."""
         assert isinstance(examples, Spoken) and examples.genuine is not None
-        best = outputs.argmax(dim=-1).cpu().numpy()
-        rows = zip(best, examples.frames, examples.genuine.tolist(), strict=True)
-        return [greedy(row[:frames], self.labels) if own else None for row, frames, own in rows]
+        log_probs = outputs.float().log_softmax(-1)
+        losses = ctc_losses(log_probs, examples).tolist()
+        texts = [self.hear(row[:frames]) for row, frames in zip(log_probs.cpu(), examples.frames, strict=True)]
+        rows = zip(map(Heard, texts, losses, examples.letters), examples.genuine.tolist(), strict=True)
+        return [heard if own else None for heard, own in rows]
 
-    def score(self, split: str, predictions: list[str | None]) -> dict[str, float]:
-        return error_rates(self.evaluated[split].references.texts, predictions)
+    def score(self, split: str, predictions: list[Heard | None]) -> dict[str, float]:
+        """Error rates, and the loss per letter over the clips that have a finite one: whose letters all have outputs,
+        and frames enough."""
+        rates = error_rates(self.evaluated[split].references.texts, [heard and heard.text for heard in predictions])
+        judged = [heard for heard in predictions if heard and heard.letters and math.isfinite(heard.loss)]
+        letters = sum(heard.letters for heard in judged)
+        return rates | ({"loss": sum(heard.loss for heard in judged) / letters} if judged else {})
 
     def best(self, figures: dict[str, float]) -> float:
         return -figures["wer"]
+
+
+def ctc_losses(log_probs: Tensor, examples: Spoken) -> Tensor:
+    """(B, T, C) -> (B,) in nats, of all letters of a clip."""
+    frames: Any = examples.frames  # of tensors the values would be fetched from the device
+    letters: Any = examples.letters
+    return F.ctc_loss(log_probs.transpose(0, 1), examples.targets, frames, letters, BLANK, "none")
 
 
 def given_labels(start: str) -> list[str] | None:

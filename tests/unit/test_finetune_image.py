@@ -140,6 +140,8 @@ def test_rates_fall_towards_the_input() -> None:
     for name in ("student.local.proj.weight", "student.extra_tokens.weight", "student.context_norm.weight"):
         assert rate[name] == 1
     assert rate["head.linear.weight"] == rate["head.norm.bias"] == 1
+    scaled = parameter_groups(network, FineTuningOptimConfig(head_scale=20))
+    assert {g["head"]: g["lr_scale"] for g in scaled} == {True: 20, False: 1}
     assert decay["head.linear.weight"] == 0.05 and decay["head.linear.bias"] == decay["head.norm.weight"] == 0
 
 

@@ -271,10 +271,22 @@ def test_batches_of_clips(tmp_path: Path) -> None:
     assert batch.genuine is not None and batch.genuine.tolist() == [True, False] and batch.failures == ("1.wav: lost",)
     outputs = torch.zeros(2, max(batch.frames), 6)
     outputs[..., 2] = 1
-    assert found.predict(outputs, batch) == ["a", None]
+    heard, lost = found.predict(outputs, batch)
+    assert heard is not None and (heard.text, heard.letters) == ("a", len(TEXTS[0]) + 1) and lost is None
     dataset, references = found.evaluated["test"]
     batch = found.collate(references, [dataset[0, 0]])
     assert batch.hidden is None and batch.channels is None
+
+
+def test_the_held_out_loss_is_that_of_all_paths_by_letter(tmp_path: Path) -> None:
+    found = task(write_tones(tmp_path))
+    outputs = torch.randn(4, 5, 3, generator=torch.Generator().manual_seed(0))
+    targets, frames, letters = torch.tensor([[1, 2], [2, 2], [1, 2], [0, 0]]), (5, 2, 3, 5), (2, 2, 2, 0)
+    genuine = torch.tensor([True, True, False, True])  # the second has fewer frames than it needs, the last no letters
+    heard = found.predict(outputs, Spoken(torch.zeros(4, 1), targets, 4, None, (), frames, letters, genuine))
+    found.evaluated["test"].references.texts[:] = ["a b"] * 4
+    exact = -log_likelihood(outputs[0].log_softmax(-1), [1, 2]) / 2
+    assert found.score("test", heard)["loss"] == pytest.approx(exact, rel=1e-6)
 
 
 def test_masks_are_functions_of_seed_epoch_and_clip(tmp_path: Path) -> None:

@@ -103,6 +103,16 @@ def test_means_and_deviations(tmp_path: Path) -> None:
     assert (tmp_path / "x.png").stat().st_size > 1000
 
 
+def test_the_figure_that_is_compared_may_be_chosen() -> None:
+    losses = [{"test/wer": 1.0, "test/loss": value} for value in (2.5, 2.6)]
+    arms = {"pre-trained": {"10": losses}, "scratch": {"10": losses}}
+    assert Comparison("minutes", ["10"], arms).cell("scratch", "10") == "100.0 ± 0.0"
+    found = Comparison("minutes", ["10"], arms, "loss")
+    assert found.cell("scratch", "10") == "2.550 ± 0.071" and str(found).startswith("test/loss, mean")  # .1 / sqrt(2)
+    with pytest.raises(ConfigError, match="--figure los: evaluations have wer, loss"):
+        str(Comparison("minutes", ["10"], arms, "los"))
+
+
 def test_both_arms_have_the_same_labels_seeds_and_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     config = load(TINY)
     pre, scratch = (
