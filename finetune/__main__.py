@@ -5,20 +5,30 @@ from __future__ import annotations
 import sys
 
 from finetune.config import Config, load
-from finetune.image import ImageTask
 from finetune.plan import describe
-from finetune.speech import SpeechTask
 from finetune.task import Task
-from finetune.text import TextTask
 from finetune.train import FineTuning
 from pretrain import program
 from pretrain.parallel import World
 
-KINDS: dict[str, type[Task]] = {"image": ImageTask, "speech": SpeechTask, "text": TextTask}
-
 
 def start(config: Config, world: World) -> FineTuning:
-    return FineTuning(KINDS[config.task](config, progress=world.is_main), world)
+    return FineTuning(kind(config.task)(config, progress=world.is_main), world)
+
+
+def kind(task: str) -> type[Task]:
+    """Each imports libraries that the others do not want, and that take seconds."""
+    if task == "image":
+        from finetune.image import ImageTask
+
+        return ImageTask
+    if task == "speech":
+        from finetune.speech import SpeechTask
+
+        return SpeechTask
+    from finetune.text import TextTask
+
+    return TextTask
 
 
 def main() -> int:
