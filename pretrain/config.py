@@ -233,10 +233,11 @@ def check_settings(config: Settings, more: typing.Sequence[tuple[bool, str]]) ->
     rules = [
         (0 < optim.lr < math.inf, f"optim.lr={optim.lr} must be positive"),
         (all(0 <= b < 1 for b in optim.betas), f"optim.betas={optim.betas} must lie in [0, 1)"),
-        (optim.eps > 0 and optim.weight_decay >= 0, "optim.eps must be positive and optim.weight_decay 0 or more"),
+        (0 < optim.eps < math.inf, f"optim.eps={optim.eps} must be positive"),
+        (0 <= optim.weight_decay < math.inf, f"optim.weight_decay={optim.weight_decay} must be 0 or more, and finite"),
         (optim.warmup_steps >= 0, f"optim.warmup_steps={optim.warmup_steps} must be 0 or more"),
         (0 <= data.max_failed_share <= 1, f"data.max_failed_share={data.max_failed_share} must lie in [0, 1]"),
-        (optim.clip_norm >= 0, f"optim.clip_norm={optim.clip_norm} must be 0 (off) or positive"),
+        (0 <= optim.clip_norm < math.inf, f"optim.clip_norm={optim.clip_norm} must be 0 (off) or positive, and finite"),
         (train.precision in PRECISIONS, f"train.precision={train.precision!r}: know {', '.join(PRECISIONS)}"),
         (train.steps >= 1 and train.batch_size >= 1, "train.steps and train.batch_size must be at least 1"),
         (0 <= train.seed < 2**63, f"train.seed={train.seed} must lie in [0, 2^63)"),
