@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from models.config import MODALITIES, RATE, ImageConfig
+from models.config import RATE, ImageConfig
 
 # Parameters. {n} is a layer's number, {rest} what follows; {encoder} is modality_encoders.IMAGE and so on, {owner}
 # student or teacher. What has no modality is everyone's.
@@ -89,26 +89,12 @@ FINE_TUNED = {
     ),
 }
 
-FIELD = re.compile(r"\{(n\+1|n|rest)\}")
-FIELDS = {"n": r"(?P<n>\d+)", "n+1": r"(?P<after>\d+)", "rest": r"(?P<rest>.+)"}
+FIELD = re.compile(r"\{(n|rest)\}")
+FIELDS = {"n": r"(?P<n>\d+)", "rest": r"(?P<rest>.+)"}
 
 
 def encoder_of(modality: str) -> str:
     return f"modality_encoders.{modality.upper()}"
-
-
-def our_name(name: str, owner: str) -> str | None:
-    """Our name of a reference parameter of the "student" or "teacher"; None for what is computed here.
-
-    Raises KeyError if it has none.
-    """
-    modality = next((m for m in MODALITIES if name.startswith(encoder_of(m) + ".")), MODALITIES[0])
-    if name == POSITIONS.format(encoder=encoder_of(modality)):
-        return None
-    full = f"blocks.{name}" if owner == "teacher" and name[:1].isdigit() else name  # text averages the blocks alone
-    if found := _translated(full, NAMES, modality, owner, (0, 1)):
-        return found
-    raise KeyError(f"no {owner} parameter of ours corresponds to the reference's {name}")
 
 
 def their_name(name: str, modality: str, fine_tuned: bool = False) -> str:
@@ -116,7 +102,7 @@ def their_name(name: str, modality: str, fine_tuned: bool = False) -> str:
     none."""
     owner = name.partition(".")[0]
     names = HEAD_NAMES if owner == "head" else NAMES
-    found = _translated(name, names, modality, owner, (1, 0))
+    found = _translated(name, names, modality, owner)
     if found is None:
         raise KeyError(f"the reference has no parameter for our {name}")
     if owner == "teacher" and modality == "text":
@@ -124,25 +110,18 @@ def their_name(name: str, modality: str, fine_tuned: bool = False) -> str:
     return FINE_TUNED[modality].prefix + found if fine_tuned and owner == "student" else found
 
 
-def _translated(
-    name: str, names: tuple[tuple[str, str, str], ...], modality: str, owner: str, way: tuple[int, int]
-) -> str | None:
-    """What the first row that fits makes of `name`, from its column way[0] to way[1]."""
+def _translated(name: str, names: tuple[tuple[str, str, str], ...], modality: str, owner: str) -> str | None:
+    """What the first row that fits our `name` makes of it."""
     for row in names:
         if row[2] not in ("", modality):
             continue
-        source, target = (row[i].replace("{encoder}", encoder_of(modality)).replace("{owner}", owner) for i in way)
-        parts = FIELD.split(source)
+        theirs, ours = (word.replace("{encoder}", encoder_of(modality)).replace("{owner}", owner) for word in row[:2])
+        parts = FIELD.split(ours)
         pattern = "".join(FIELDS[part] if i % 2 else re.escape(part) for i, part in enumerate(parts))
         if match := re.fullmatch(pattern, name):
-            return _filled(target, match.groupdict())
+            fields = match.groupdict()
+            return theirs.format_map(fields | {"n+1": int(fields.get("n", 0)) + 1})
     return None
-
-
-def _filled(template: str, fields: Mapping[str, str]) -> str:
-    number = int(fields["n"]) if "n" in fields else int(fields.get("after", 1)) - 1
-    known = {"n": str(number), "n+1": str(number + 1), "rest": fields.get("rest", "")}
-    return FIELD.sub(lambda field: known[field[1]], template)
 
 
 class Key(NamedTuple):

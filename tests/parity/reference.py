@@ -1,4 +1,4 @@
-"""A golden case's parameters and configuration in our words, which `convert.keymaps` has."""
+"""A golden case's parameters and configuration in our words, which `convert` has."""
 
 from __future__ import annotations
 
@@ -7,20 +7,23 @@ from typing import Any
 
 from torch import Tensor
 
-from convert.keymaps import ALIBI, encoder_of, our_name, our_settings
-from models.config import RATE
+from convert.authors import EMA, expected_names
+from convert.keymaps import ALIBI, encoder_of, our_settings
+from models.config import RATE, ModelConfig
 from models.text import FIRST_POSITION
 from pretrain.config import Config, EmaConfig, OptimConfig, TrainConfig
 from pretrain.full import model_of
-from pretrain.settings import build
+from pretrain.settings import build, to_tree
 
 
-def renamed(tensors: dict[str, Tensor], prefix: str, owner: str) -> dict[str, Tensor]:
-    """The tensors below `prefix`, under our names."""
-    out = {}
+def renamed(tensors: dict[str, Tensor], prefix: str, owner: str, model: ModelConfig) -> dict[str, Tensor]:
+    """The tensors below `prefix`, under our names. Raises KeyError for one that the model has not."""
+    names, out = expected_names({"model": to_tree(model)}), {}
     for key, value in tensors.items():
-        if key.startswith(prefix) and (name := our_name(key.removeprefix(prefix), owner)):
-            out[name] = value.flatten() if key.endswith(ALIBI) else value
+        if key.startswith(prefix):
+            name, _ = names[key.replace(prefix, f"{EMA}." if owner == "teacher" else "", 1)]
+            if name:  # else it is computed here
+                out[name] = value.flatten() if key.endswith(ALIBI) else value
     return out
 
 

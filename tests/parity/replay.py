@@ -63,7 +63,8 @@ def replay(path: Path, zero: str, world: World, brief: bool = False) -> list[Row
             config,
             train=replace(config.train, batch_size=world.data_ranks, micro_batch=1, tensor_parallel=world.tensor_ranks),
         )
-        weights = renamed(golden, "state.", "student") | renamed(golden, "teacher.", "teacher")
+        model = config.model
+        weights = renamed(golden, "state.", "student", model) | renamed(golden, "teacher.", "teacher", model)
         trainer = Trainer(config, world, weights)
         if exempt:
             rows += first_step_forward(trainer, golden)
@@ -71,13 +72,13 @@ def replay(path: Path, zero: str, world: World, brief: bool = False) -> list[Row
         gradients: dict[str, Tensor] = {}
         for k in range(len(golden["traj.loss"])):
             with spied(trainer, gradients if k == 0 else {}) as seen:
-                batch = batch_of(golden, "input." if k == 0 else f"traj.{k}.input.", config.model)
+                batch = batch_of(golden, "input." if k == 0 else f"traj.{k}.input.", model)
                 sums, result = trainer.step([share(batch, world)])
             sums_of_losses = {name: float(world.sum(getattr(seen[0], name).detach())) for name in ("regression", "cls")}
             trajectory.append((trainer.measure(sums, result), sums_of_losses))
         if exempt:
-            rows += first_step_losses(config.model, *trajectory[0], golden)
-            rows += first_step_gradients(gradients, golden)
+            rows += first_step_losses(model, *trajectory[0], golden)
+            rows += first_step_gradients(gradients, golden, model)
         expected = case["logs"]["traj" + label]
         for quantity, bound in (("loss", TRAJECTORY), ("grad_norm", NORMS)):
             ours = torch.tensor([metrics[quantity] for metrics, _ in trajectory], dtype=torch.float64)
@@ -179,8 +180,8 @@ def first_step_losses(
     return rows
 
 
-def first_step_gradients(gradients: dict[str, Tensor], golden: dict[str, Tensor]) -> list[Row]:
-    expected = renamed(golden, "grad.", "student")
+def first_step_gradients(gradients: dict[str, Tensor], golden: dict[str, Tensor], model: ModelConfig) -> list[Row]:
+    expected = renamed(golden, "grad.", "student", model)
     if set(expected) != set(gradients):
         raise AssertionError(f"parameters with a gradient differ: {set(expected) ^ set(gradients)}")
     worst = max(relative(without_key_bias(n, gradients[n]), without_key_bias(n, g)) for n, g in expected.items())
@@ -197,7 +198,7 @@ def final_weights(trainer: Trainer, golden: dict[str, Tensor], label: str) -> li
     wanted = [(f"final{label}.", "student")] + ([("final_teacher.", "teacher")] if not label else [])
     for prefix, owner in wanted:
         worst = 0.0
-        for name, expected in renamed(golden, prefix, owner).items():
+        for name, expected in renamed(golden, prefix, owner, trainer.config.model).items():
             parameter = parameters[name]
             sharded = trainer.engine.zero_optimization() and owner == "student"
             with GatheredParameters([parameter]):

@@ -19,8 +19,9 @@ from torch import Tensor
 from convert import __main__ as program
 from convert import authors, check
 from convert.describe import described
-from convert.keymaps import SETTINGS, Unfit, our_name, our_settings, their_name, their_settings
+from convert.keymaps import SETTINGS, Unfit, our_settings, their_name, their_settings
 from models.config import MODALITIES, ModelConfig
+from models.data2vec import Data2Vec
 from models.image import sincos_positions
 from pretrain import full, pieces
 from pretrain.checkpoint import CheckpointError
@@ -28,6 +29,7 @@ from pretrain.config import Config, load
 from pretrain.full import Full
 from pretrain.pieces import Piece
 from pretrain.settings import ConfigError, flat, to_tree, to_yaml
+from tests.parity.reference import our_config, renamed
 
 PARITY = Path(__file__).parents[1] / "parity"
 CASES = sorted((PARITY / "golden").glob("*.json"))
@@ -158,15 +160,16 @@ def test_every_setting_of_ours_is_one_of_the_models() -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda path: path.stem)
 def test_names_are_one_to_one(case: Path) -> None:
-    tensors = load_file(case.with_suffix(".safetensors"))
-    modality = json.loads(case.read_text())["modality"].lower()
-    for prefix, owner in (("state.", "student"), ("teacher.", "teacher")):
-        theirs = [name.removeprefix(prefix) for name in tensors if name.startswith(prefix)]
-        ours = {name: our_name(name, owner) for name in theirs}
-        derived = [name for name, own in ours.items() if own is None]
-        assert len(derived) == (modality == "image") and len(set(ours.values())) == len(theirs) > 20
-        for name, own in ours.items():
-            assert own is None or their_name(own, modality) == name
+    """Every tensor of the reference's student and teacher, and no other."""
+    model = our_config(json.loads(case.read_text()), 1e-3, "0", exempt_1d=True).model
+    tensors, theirs = load_file(case.with_suffix(".safetensors")), set()
+    for prefix, place in (("state.", ""), ("teacher.", f"{authors.EMA}.")):
+        theirs |= {place + name.removeprefix(prefix) for name in tensors if name.startswith(prefix)}
+    names = authors.expected_names({"model": to_tree(model)})
+    assert names.keys() == theirs and len(theirs) > 40
+    ours = [name for name, _ in names.values() if name is not None]
+    assert sorted(ours) == sorted(Data2Vec(model).state_dict())
+    assert len(names) - len(ours) == 2 * (model.modality == "image")
 
 
 @pytest.mark.parametrize(
@@ -174,9 +177,9 @@ def test_names_are_one_to_one(case: Path) -> None:
 )
 def test_a_name_that_is_nobodys_is_an_error(name: str) -> None:
     with pytest.raises(KeyError):
-        our_name(name, "student")
-    with pytest.raises(KeyError):
         their_name(f"student.{name}", "text")
+    with pytest.raises(KeyError):
+        renamed({f"state.{name}": torch.zeros(1)}, "state.", "student", Config().model)
 
 
 @pytest.mark.parametrize(("width", "grid"), [(768, 14), (1024, 14), (1280, 16), (192, 7)])
