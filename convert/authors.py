@@ -95,8 +95,7 @@ def open_file(path: str | Path, verify: bool = True) -> Found:
     try:
         return _opened(state)
     except (Unfit, ConfigError, CheckpointError) as error:
-        told = " ".join(str(error).split())
-        raise CheckpointError(f"cannot take {path}: {told.removeprefix(': ')}") from None
+        raise CheckpointError(f"cannot take {path}: {' '.join(str(error).split())}") from error
 
 
 def _opened(state: Any) -> Found:

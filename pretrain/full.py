@@ -121,18 +121,22 @@ def refuse_differences(found: Mapping[str, Tensor], expected: Mapping[str, tuple
         raise CheckpointError(f"{where or 'the weights'} do not fit the model; {'; '.join(told)}")
 
 
-def model_of(settings: Mapping[str, Any]) -> ModelConfig:
-    return build(ModelConfig, settings.get("model", {}), "model.")
+def model_of(settings: Mapping[str, Any], source: str = "") -> ModelConfig:
+    return build(ModelConfig, settings.get("model", {}), "model.", source)
 
 
-def head_of(settings: Mapping[str, Any]) -> HeadConfig | None:
-    return build(HeadConfig, settings["head"], "head.") if settings.get("head") else None
+def head_of(settings: Mapping[str, Any], source: str = "") -> HeadConfig | None:
+    return build(HeadConfig, settings["head"], "head.", source) if settings.get("head") else None
 
 
 def settings(path: str | Path) -> dict[str, Any]:
-    """The resolved config of what `read` reads, without its weights."""
+    """The resolved config of what `read` reads, without its weights. Raises ConfigError or CheckpointError, in one
+    line, for what describes no model."""
     path = Path(path).expanduser()
-    return _metadata(path)[0] if path.suffix == SUFFIX else _find(path).settings
+    found = _metadata(path)[0] if path.suffix == SUFFIX else _find(path).settings
+    model_of(found, str(path))
+    head_of(found, str(path))
+    return found
 
 
 def assets(path: str | Path) -> dict[str, bytes]:
@@ -182,7 +186,7 @@ def _read_file(path: Path) -> Full:
     with safe_open(path, "pt") as file:
         names = [name for name in file.keys() if not name.startswith(ASSETS)]  # noqa: SIM118 (it is no dict)
         tensors = {name: file.get_tensor(name) for name in names}
-    return Full(tensors, found, step, assets(path))
+    return _whole(path, tensors, found, step, assets(path))
 
 
 def _read_checkpoint(found: Checkpoint) -> Full:
@@ -190,10 +194,15 @@ def _read_checkpoint(found: Checkpoint) -> Full:
     for kind, prefix in ((MASTER, ""), (TEACHER, "teacher.")):
         shapes = whole_shapes(found.folder, kind)
         tensors |= {prefix + name: tensor for name, tensor in weights(found.folder, kind, shapes).items()}
+    return _whole(found.folder, tensors, found.settings, found.step, assets_of(found.run))
+
+
+def _whole(place: Path, *parts: Any) -> Full:
+    """The full form of its parts. Raises its errors with the `place` that they were read from."""
     try:
-        return Full(tensors, found.settings, found.step, assets_of(found.run))
-    except CheckpointError as error:
-        raise CheckpointError(f"{found.folder}: {error}") from None
+        return Full(*parts)
+    except (ConfigError, CheckpointError) as error:
+        raise type(error)(f"{place}: {error}") from error
 
 
 def assets_of(run: Path) -> dict[str, bytes]:

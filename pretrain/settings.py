@@ -106,7 +106,7 @@ def build(cls: type, tree: Any, prefix: str = "", source: str = "", root: Any = 
     """
     root = cls() if root is None else root
     if not isinstance(tree, dict):
-        raise ConfigError(f"{source}: {prefix.rstrip('.')} is a section with keys, not {tree!r}")
+        raise _error(source, f"{prefix.rstrip('.')} is a section with keys, not {tree!r}")
     hints = get_type_hints(cls)
     for key in tree:
         if key not in hints:
@@ -114,16 +114,20 @@ def build(cls: type, tree: Any, prefix: str = "", source: str = "", root: Any = 
             near = difflib.get_close_matches(prefix + str(key), everywhere, 1, 0.5)
             near = near or [k for k in everywhere if k.rsplit(".", 1)[-1] == key][:1]
             hint = f"; did you mean {near[0]}?" if near else f"; know {', '.join(hints)}"
-            raise ConfigError(f"{source}: unknown key {prefix}{key}{hint}")
+            raise _error(source, f"unknown key {prefix}{key}{hint}")
     values = {key: _convert(hints[key], value, prefix + key, source, root) for key, value in tree.items()}
     return cls(**values)
+
+
+def _error(source: str, text: str) -> ConfigError:
+    return ConfigError(f"{source}: {text}" if source else text)
 
 
 def _convert(kind: Any, value: Any, key: str, source: str, root: Any) -> Any:
     """`value` as the annotated type; YAML reads 1e-3 as text, so numbers are parsed from it too."""
 
     def bad(expected: str) -> ConfigError:
-        return ConfigError(f"{source}: {key}={value!r} should be {expected}")
+        return _error(source, f"{key}={value!r} should be {expected}")
 
     if dataclasses.is_dataclass(kind):
         return build(typing.cast(type, kind), value, key + ".", source, root)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from convert.describe import described
 from models.config import HeadConfig
 from models.data2vec import Data2Vec
 from models.heads import FineTuned
@@ -93,6 +94,31 @@ def test_bad_files_are_one_line(tmp_path: Path) -> None:
         finetuned().encoder("teacher")
     with pytest.raises(ConfigError, match="know teacher, student"):
         finetuned().encoder("ema")
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ("model: 3", "model is a section with keys, not 3"),
+        ("model: {widht: 3}", "unknown key model.widht"),
+        ("model: {width: x}", "model.width='x' should be a whole number"),
+        ("model: {width: 32}\nhead: 4", "head is a section with keys, not 4"),
+    ],
+)
+def test_settings_that_are_no_models_are_told_with_their_file(tmp_path: Path, config: str, words: str) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({"a": torch.zeros(1)}, path, {"config": config, "step": "1"})
+    for take in (full.read, full.settings, described):
+        with pytest.raises(ConfigError) as told:
+            take(path)
+        assert str(told.value).startswith(f"{path}: {words}")
+
+
+def test_weights_that_do_not_fit_are_told_with_their_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({"a": torch.zeros(1)}, path, {"config": "model: {width: 32, heads: 4}", "step": "1"})
+    with pytest.raises(CheckpointError, match=f"^{path}: the weights do not fit the model; missing: "):
+        full.read(path)
 
 
 @pytest.mark.parametrize("name", ["../../outside", "a/b", ""])
