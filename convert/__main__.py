@@ -38,8 +38,8 @@ def main() -> int:
             print(described(args.target))
         else:
             print(convert(args.source, args.target, args.teacher_from_student, args.which, args.everything))
-    except (ConfigError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ConfigError, CheckpointError) as error:  # its notes: all names that do not fit
+        print(f"error: {error}", *getattr(error.__cause__ or error, "__notes__", ()), sep="\n  ", file=sys.stderr)
         return EXIT_BAD_INPUT
     return 0
 

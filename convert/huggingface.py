@@ -176,7 +176,7 @@ def read(folder: str | Path, teacher_from_student: bool = False) -> Full:
     try:
         return Full(owned | rest, settings, step, assets)
     except CheckpointError as error:
-        raise CheckpointError(f"{folder}: {error}") from None
+        raise CheckpointError(f"{folder}: {error}") from error
 
 
 def _read_tensors(folder: Path, model: ModelConfig, head: HeadConfig | None) -> dict[str, Tensor]:

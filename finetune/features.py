@@ -25,7 +25,7 @@ from models.data2vec import Encoder
 from models.masks import real_positions
 from pretrain.checkpoint import CheckpointError
 from pretrain.data.loader import load_batches
-from pretrain.data.names import digest
+from pretrain.data.names import digest, few
 from pretrain.data.sources import DataError
 from pretrain.data.tokenizer import Tokenizer, tokenizer_among
 from pretrain.full import WHICH, Full, read
@@ -240,7 +240,7 @@ def store(
         _write(written, encoder, source, partial(_look, encoder, what, blocks, DTYPES[dtype]), batch_size, workers)
     index = written.index
     lost = [*index.left_out, *(told for part in index.shards for told in part.left_out.values())]
-    told = f"; left out {len(lost):,}: {', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}" if lost else ""
+    told = f"; left out {len(lost):,}: {few(lost)}" if lost else ""
     print(f"{out}: {what} features of {len(index.names):,} {modality.unit}{told}")
     return index
 

@@ -24,7 +24,7 @@ from pretrain import full
 from pretrain.config import BatchPlan
 from pretrain.data.audio import AudioDataset
 from pretrain.data.fetch import resolve
-from pretrain.data.names import digest
+from pretrain.data.names import digest, few
 from pretrain.data.packs import PackSampler
 from pretrain.data.sampler import permutation
 from pretrain.data.sources import DataError, Sample
@@ -33,7 +33,6 @@ from pretrain.labelled.samples import pad
 
 BLANK, BETWEEN = 0, 1  # outputs: no letter; the end of a word
 LABELS = ["<blank>", "|"]  # and letters
-FEW = 5  # letters or clips that are told by name
 
 
 @dataclass(frozen=True)
@@ -155,8 +154,8 @@ class SpeechTask(Task):
         notes = []
         for reason, some in reasons.items():
             if some.any():
-                names = ", ".join(dataset.name(i) for i in np.flatnonzero(some)[:FEW])
-                notes.append(f"left out {some.sum():,} clips {reason}: {names}" + ", ..." * int(some.sum() > FEW))
+                names = few([dataset.name(int(i)) for i in np.flatnonzero(some)])
+                notes.append(f"left out {some.sum():,} clips {reason}: {names}")
         usable = np.flatnonzero(~(long | strange | crowded))
         if not len(usable):
             raise DataError(f"data.path={config.data.path}: no clip can be learned from; {'; '.join(notes)}")

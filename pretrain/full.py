@@ -26,6 +26,7 @@ from models.config import HeadConfig, ModelConfig
 from models.data2vec import Data2Vec
 from models.heads import FineTuned
 from pretrain.checkpoint import CheckpointError
+from pretrain.data.names import few
 from pretrain.data.tokenizer import TOKENIZERS
 from pretrain.files import replacing
 from pretrain.pieces import MASTER, TEACHER, whole_shapes
@@ -36,6 +37,7 @@ ASSETS = "assets/"
 LABELS = "labels.json"  # names of a fine-tuned model's outputs, in their order
 SUFFIX = ".safetensors"
 WHICH = ("teacher", "student")
+TOLD = 3  # names of a kind in an error's line
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,8 @@ def expected_shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def refuse_differences(found: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], where: str = "") -> None:
-    """Raises CheckpointError, listing every name that is missing, unexpected or of another shape."""
+    """Raises CheckpointError, in one line, with the first names that are missing, unexpected or of another shape. If
+    there are more, all of them are its notes."""
     lists = {
         "missing": sorted(expected.keys() - found.keys()),
         "unexpected": sorted(found.keys() - expected.keys()),
@@ -117,8 +120,11 @@ def refuse_differences(found: Mapping[str, Tensor], expected: Mapping[str, tuple
             if name in found and tuple(found[name].shape) != tuple(shape)
         ],
     }
-    if told := [f"{what}: {', '.join(names)}" for what, names in lists.items() if names]:
-        raise CheckpointError(f"{where or 'the weights'} do not fit the model; {'; '.join(told)}")
+    if told := [f"{what}: {few(names, TOLD)}" for what, names in lists.items() if names]:
+        error = CheckpointError(f"{where or 'the weights'} do not fit the model; {'; '.join(told)}")
+        if max(map(len, lists.values())) > TOLD:
+            error.__notes__ = [f"{what}: {name}" for what, names in lists.items() for name in names]
+        raise error
 
 
 def model_of(settings: Mapping[str, Any], source: str = "") -> ModelConfig:

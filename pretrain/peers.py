@@ -25,6 +25,7 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from pretrain.config import WatchConfig
+from pretrain.data.names import few
 from pretrain.settings import ConfigError
 
 ARRIVAL = timedelta(minutes=10)  # between the first rank's start and the last one's
@@ -123,8 +124,7 @@ class Peers:
 
     def names(self, ranks: list[int]) -> str:
         """The first few of `ranks`, with their hosts."""
-        more = f" and {len(ranks) - 3:,} more" if len(ranks) > 3 else ""
-        return ", ".join(self.who[rank] for rank in ranks[:3]) + more
+        return few([self.who[rank] for rank in ranks])
 
     def tell(self, topic: str, value: str) -> None:
         """Leaves a value for `heard`, in place of an earlier one."""

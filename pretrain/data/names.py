@@ -1,10 +1,12 @@
-"""Names of many samples in little memory, the classes that folders make of them, and digests of such."""
+"""Names of many samples in little memory, the classes that folders make of them, digests of such, and lines that tell a
+few of them."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from array import array
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -17,6 +19,12 @@ def digest(*parts: bytes | bytearray | array | np.ndarray) -> str:
         found.update(len(content).to_bytes(8, "little"))
         found.update(content)
     return found.hexdigest()[:16]
+
+
+def few(names: Sequence[object], most: int = 3) -> str:
+    """a, b; a, b, c and 12 more"""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + more
 
 
 class Names:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pretrain.data.names import few
 from pretrain.data.sources import DataError
 
 
@@ -120,8 +121,7 @@ def read_lines(file: Path) -> list[str | None]:
 
 def numbered(numbers: Sequence[int]) -> str:
     """line 3; lines 3, 4; lines 3, 4, 5, 6, 7 and 12 more"""
-    more = f" and {len(numbers) - 5:,} more" if len(numbers) > 5 else ""
-    return f"line{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers[:5]))}{more}"
+    return f"line{'s' * (len(numbers) > 1)} {few(numbers, 5)}"
 
 
 def _decoded(line: bytes) -> str | None:

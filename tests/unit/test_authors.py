@@ -215,6 +215,23 @@ def test_every_name_that_does_not_fit_is_listed_at_once(tmp_path: Path) -> None:
     assert "blocks.1.attn.qkv.weight [32, 32], not [96, 32]" in message
 
 
+def test_many_names_are_listed_below_the_line(tmp_path: Path, monkeypatch, capsys) -> None:
+    state = authors_state("image")
+    lost = sorted(name for name in state["model"] if name.startswith("blocks.1."))
+    for name in lost:
+        del state["model"][name]
+    state["model"]["blocks.9.x"] = torch.zeros(1)
+    path = saved(state, tmp_path / "x.pt")
+    monkeypatch.setattr("sys.argv", ["convert", str(path), str(tmp_path / "x.safetensors")])
+    assert program.main() == 2 and not (tmp_path / "x.safetensors").exists()
+    first, *rest = capsys.readouterr().err.splitlines()
+    assert rest == [*(f"  missing: {name}" for name in lost), "  unexpected: blocks.9.x"] and len(lost) > 9
+    assert first == (
+        f"error: cannot take {path}: the weights do not fit the model; missing: {', '.join(lost[:3])} and "
+        f"{len(lost) - 3} more; unexpected: blocks.9.x"
+    )
+
+
 def test_what_is_no_weight_is_refused(tmp_path: Path) -> None:
     state = authors_state("text")
     state["model"]["blocks.0.norm1.weight"] = torch.zeros(32, dtype=torch.int64)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from convert import __main__ as program
 from convert.describe import described
 from models.config import HeadConfig
 from models.data2vec import Data2Vec
@@ -58,6 +61,23 @@ def test_every_difference_is_told() -> None:
     ):
         assert part in str(told.value)
     assert "\n" not in str(told.value)
+
+
+def test_of_many_differences_a_line_tells_the_first(tmp_path: Path, monkeypatch, capsys) -> None:
+    form = pretrained()
+    full.write(form, tmp_path / "a.safetensors")
+    settings = to_tree(CONFIG) | {"model": form.settings["model"] | {"depth": 4}}
+    save_file(form.tensors, tmp_path / "b.safetensors", {"config": json.dumps(settings)})
+    missing = sorted(Data2Vec(replace(CONFIG.model, depth=4)).state_dict().keys() - form.tensors.keys())
+    assert len(missing) > 30
+    with pytest.raises(CheckpointError) as told:
+        full.read(tmp_path / "b.safetensors")
+    line = f"{tmp_path}/b.safetensors: the weights do not fit the model; missing: {', '.join(missing[:3])} and "
+    line += f"{len(missing) - 3} more"
+    assert str(told.value) == line
+    monkeypatch.setattr("sys.argv", ["convert", str(tmp_path / "b.safetensors"), str(tmp_path / "c.safetensors")])
+    assert program.main() == 2
+    assert capsys.readouterr().err.splitlines() == [f"error: {line}", *(f"  missing: {name}" for name in missing)]
 
 
 def test_a_teacher_takes_of_the_student_what_it_has_not() -> None:
