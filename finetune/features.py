@@ -198,7 +198,7 @@ def store(
     data: str,
     out: str | Path,
     what: str = "pooled",
-    layers: Sequence[int | str] = (-1,),
+    layers: Sequence[int | str] = (),
     kind: str = "",
     dtype: str = "float32",
     batch_size: int = 64,
@@ -208,7 +208,7 @@ def store(
     workers: int = 4,
 ) -> Index:
     """Writes the features of all samples at `data` (`finetune.inputs.open_source`) as `finetune.stored` has them, in
-    `shard` samples a file, but for those that are there already.
+    `shard` samples a file, but for those that are there already. `layers`: none given, the last.
 
     Raises ConfigError, CheckpointError or DataError, in one line.
     """
@@ -220,11 +220,15 @@ def store(
         raise ConfigError(f"--out {out} is no name for --format {kind}")
     if min(batch_size, shard) < 1 or workers < 0:
         raise ConfigError("--batch-size and --shard must be at least 1, --workers 0 or more")
+    if layers and what == "probe":
+        raise ConfigError(
+            "--layers is not for --what probe, which has its own blocks: leave it out, or take --what pooled"
+        )
     full = read(path)
     encoder = FrozenEncoder.of(full, which)
     config, modality = full.model, MODALITIES[full.model.modality]
     try:
-        blocks = list(dict.fromkeys(encoder.blocks(layers))) if what != "probe" else []
+        blocks = list(dict.fromkeys(encoder.blocks(layers or [-1]))) if what != "probe" else []
     except IndexError:
         raise ConfigError(
             f"--layers {' '.join(map(str, layers))}: the main blocks are 0 to {config.depth - 1}"
@@ -305,7 +309,7 @@ def main() -> int:
     parser.add_argument("--out", required=True, metavar="FOLDER_OR_FILE", help="a folder, or a name.safetensors")
     parser.add_argument("--format", choices=FORMATS, default="", dest="kind")
     parser.add_argument("--what", choices=WHAT, default="pooled", help="means, every position, or what probes see")
-    parser.add_argument("--layers", nargs="+", type=layer, default=[-1], metavar="N", help="main blocks, or all")
+    parser.add_argument("--layers", nargs="+", type=layer, default=(), metavar="N", help="main blocks, or all (-1)")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="samples at a time, at most")
     parser.add_argument("--which", choices=WHICH, default="teacher")

@@ -348,6 +348,7 @@ def test_a_folder_is_of_one_model_and_setting(
         (path, folders, ["--layers", "0"], r"blocks: [1] -> [0]"),
         (path, folders, ["--dtype", "float16"], "dtype: float32 -> float16"),
         (path, folders, ["--what", "probe"], "what: pooled -> probe; blocks: [1] -> []"),
+        (path, folders, ["--what", "probe", "--layers", "0"], "--layers is not for --what probe"),
         (path, folders, ["--layers", "2"], "the main blocks are 0 to 1"),
         (path, folders, ["--format", "npz", "--out", str(tmp_path / "x.parquet")], "is no name for --format npz"),
         (path, tmp_path / "nowhere", [], "does not exist"),
