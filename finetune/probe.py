@@ -35,7 +35,7 @@ from pretrain.config import Config
 from pretrain.data.fetch import resolve
 from pretrain.data.sources import DataError
 from pretrain.files import write_atomically
-from pretrain.full import WHICH
+from pretrain.full import SUFFIX, WHICH
 from pretrain.labelled.modality import MODALITIES
 from pretrain.labelled.samples import (
     Labelled,
@@ -240,6 +240,11 @@ def compare(
 
     Raises NoProbe for data without labels or test split; ConfigError, CheckpointError or DataError as it finds them.
     """
+    if Path(path).suffix == SUFFIX:
+        raise ConfigError(
+            f"{path} is no run, whose data these probes are on; python -m finetune.features {path} DATA --what probe "
+            "--out FOLDER, once for training and once for test, then python -m finetune.probe --features TRAIN TEST"
+        )
     found = find(path)
     config, modality = found.config, MODALITIES[found.config.model.modality]
     data = labelled_data(config, data_path, found.run)

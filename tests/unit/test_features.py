@@ -361,6 +361,17 @@ def test_a_folder_is_of_one_model_and_setting(
     assert contents(out) == kept
 
 
+def test_probes_of_a_full_form_are_on_stored_features(
+    images: tuple[Path, Full], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, _ = images
+    monkeypatch.setattr(sys, "argv", ["probe", str(path)])
+    assert probes.main() == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: {path} is no run") and told.count("\n") == 1
+    assert f"python -m finetune.features {path} DATA --what probe" in told and "--features TRAIN TEST" in told
+
+
 def test_probes_on_stored_features(
     tmp_path: Path, images: tuple[Path, Full], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
