@@ -20,7 +20,7 @@ from finetune.config import Config, check
 from finetune.evaluate import Evaluations
 from finetune.speech import BETWEEN, BLANK, LABELS, Heard, SpeechTask, greedy
 from pretrain import full
-from pretrain.checkpoint import BEST, CheckpointError, latest
+from pretrain.checkpoint import CheckpointError
 from pretrain.data.sources import DataError
 from pretrain.files import write_atomically
 from pretrain.full import Full
@@ -178,8 +178,7 @@ class Decoding(SpeechTask):
 def read_recogniser(path: str, overrides: Sequence[str]) -> tuple[Full, Config, list[str]]:
     """The best checkpoint of a run, or else its newest; or the checkpoint or full form that `path` is. Its config, and
     what its outputs are called. Raises ConfigError or CheckpointError."""
-    best = latest(Path(path).expanduser() / "checkpoints", BEST)
-    weights = full.read(best or path)
+    weights = full.read(path, best=True)
     if weights.head is None or weights.settings.get("task") != "speech":
         raise ConfigError(f"{path} is no recogniser: it was not fine-tuned with task: speech")
     labels = weights.labels

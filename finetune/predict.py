@@ -19,7 +19,7 @@ from finetune.config import NUMBER, Config
 from finetune.glue import TASKS
 from finetune.text import Meaning, TextTask, find_tokenizer, most_tokens, open_texts, padded
 from pretrain import full
-from pretrain.checkpoint import BEST, CheckpointError
+from pretrain.checkpoint import CheckpointError
 from pretrain.data.sources import DataError
 from pretrain.data.text import SentenceDataset
 from pretrain.files import write_atomically
@@ -36,7 +36,7 @@ def predict(run: str | Path, out: str | Path, splits: Sequence[str] = (), data: 
     GLUE's tests, or `test`; MNLI's `test` is both of its own. `data`: another folder than the run's. Returns the files.
     Raises ConfigError, CheckpointError or DataError, in one line.
     """
-    found = full.read(best(Path(run).expanduser()))
+    found = full.read(run, best=True)
     if found.settings.get("task") != "text":
         raise ConfigError(f"{run} is no fine-tuned text model; python -m finetune makes one")
     config = build(Config, found.settings, source=str(run))
@@ -81,12 +81,6 @@ def told_of(network: nn.Module, dataset: SentenceDataset, config: Config, meanin
                 told[index] = prediction
             progress.advance(len(batch))
     return told
-
-
-def best(path: Path) -> Path:
-    """Of a run folder, its best checkpoint, if it has one; else what is given."""
-    pointer = path / "checkpoints" / BEST
-    return pointer.parent / pointer.read_text().strip() if pointer.is_file() else path
 
 
 def main() -> int:

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config import Config, load
-from pretrain.checkpoint import BEST, CheckpointError, differences
+from pretrain.checkpoint import CheckpointError, differences
 from pretrain.files import write_atomically
 from pretrain.runtime import STOP_SIGNALS
+from pretrain.saved import find
 from pretrain.settings import build
 
 Figures = dict[str, float]  # last/SPLIT/FIGURE of the last evaluation, best/SPLIT/FIGURE of the best checkpoint's
@@ -74,7 +75,7 @@ def finished(folder: Path, config: Config) -> Figures | None:
 def read_figures(run: Path) -> Figures:
     """Of a run's eval.jsonl, the last line and that of the best checkpoint."""
     lines: list[dict[str, Any]] = [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
-    best = int((run / "checkpoints" / BEST).read_text().strip().removeprefix("step_"))
+    best = find(run, best=True).step
     chosen = {"last": lines[-1], "best": next(line for line in lines if line["step"] == best)}
     return {f"{which}/{name}": value for which, line in chosen.items() for name, value in line.items()}
 

@@ -156,8 +156,9 @@ def latest(folder: Path, pointer: str = LATEST) -> Path | None:
     if not newest.exists() and (folder / (REPLACED + name)).exists():  # killed while another took its place
         newest = folder / (REPLACED + name)
     if not (newest / "state.json").is_file():
-        there = ", ".join(path.name for path in sorted(folder.glob("step_*"))) or "none"
-        raise CheckpointError(f"{folder / pointer} names {newest.name}, which is not there; these are: {there}")
+        there = ", ".join(path.name for path in sorted(folder.glob("step_*")))
+        told = f"these are: {there}; write one of them into it" if there else "nor is another"
+        raise CheckpointError(f"{folder / pointer} names {newest.name}, which is not there; {told}")
     return newest
 
 

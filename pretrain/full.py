@@ -156,11 +156,11 @@ def assets(path: str | Path) -> dict[str, bytes]:
         return {name.removeprefix(ASSETS): file.get_tensor(name).numpy().tobytes() for name in names}
 
 
-def _find(path: Path) -> Checkpoint:
+def _find(path: Path, best: bool = False) -> Checkpoint:
     """What `find` finds. Raises ConfigError for a file in another form."""
     if path.is_file() or (path / "config.json").is_file():
         raise ConfigError(f"{path} is neither a run nor a full form; python -m convert makes a NAME{SUFFIX} of it")
-    return find(path)
+    return find(path, best)
 
 
 def _metadata(path: Path) -> tuple[dict[str, Any], int]:
@@ -178,13 +178,14 @@ def _metadata(path: Path) -> tuple[dict[str, Any], int]:
         raise CheckpointError(f"cannot read {path}: {' '.join(str(error).split())[:200]}") from None
 
 
-def read(path: str | Path) -> Full:
-    """The full form of a .safetensors file, of a run's newest checkpoint, or of one of its checkpoints/step_*.
+def read(path: str | Path, best: bool = False) -> Full:
+    """The full form of a .safetensors file, of a run's newest checkpoint, or its `best` if it has one, or of one of its
+    checkpoints/step_*.
 
     Raises ConfigError or CheckpointError, in one line, if it is none of these or a part is missing.
     """
     path = Path(path).expanduser()
-    return _read_file(path) if path.suffix == SUFFIX else _read_checkpoint(_find(path))
+    return _read_file(path) if path.suffix == SUFFIX else _read_checkpoint(_find(path, best))
 
 
 def _read_file(path: Path) -> Full:

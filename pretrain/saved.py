@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from pretrain.checkpoint import CheckpointError, latest
+from pretrain.checkpoint import BEST, CheckpointError, latest
 from pretrain.config import Config, load
 from pretrain.pieces import read_whole
 from pretrain.settings import ConfigError, read_tree
@@ -51,10 +51,11 @@ class Checkpoint:
         return read_tree(self.folder / "config.yaml")
 
 
-def find(path: str | Path) -> Checkpoint:
-    """The newest checkpoint of a run folder, or the one that `path` is.
+def find(path: str | Path, best: bool = False) -> Checkpoint:
+    """The newest checkpoint of a run folder, or its `best`, if evaluations have chosen one; or the one that `path` is.
 
-    Raises ConfigError if it is neither, CheckpointError if the run has not saved yet.
+    Raises ConfigError if it is none of these, CheckpointError if the run has not saved yet, or if what is asked for is
+    no longer there.
     """
     path = Path(path).expanduser().resolve()
     if not path.is_dir():
@@ -62,9 +63,8 @@ def find(path: str | Path) -> Checkpoint:
     if (path / "state.json").is_file() and (path / "config.yaml").is_file():
         return Checkpoint(path)
     folder = path if path.name == "checkpoints" else path / "checkpoints"
-    newest = latest(folder)
-    if newest is not None and (newest / "state.json").is_file():
-        return Checkpoint(newest)
+    if found := (latest(folder, BEST) if best else None) or latest(folder):
+        return Checkpoint(found)
     if folder.is_dir() or (path / "metrics.jsonl").is_file():
         raise CheckpointError(f"{path} holds no complete checkpoint yet; the run saves one every run.save_every steps")
     raise ConfigError(f"{path} is neither a run folder nor a checkpoint: no checkpoints/latest and no state.json in it")

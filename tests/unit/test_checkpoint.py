@@ -8,6 +8,7 @@ import pytest
 from pretrain.checkpoint import CheckpointError, differences, latest, prune
 from pretrain.config import RunConfig, load
 from pretrain.metrics import _reopen
+from pretrain.saved import find
 
 
 @pytest.fixture
@@ -41,6 +42,31 @@ def test_a_pointer_to_nothing_is_an_error(folder):
     (folder / "latest").write_text("step_00000099\n")
     with pytest.raises(CheckpointError, match="step_00000099, which is not there; these are: step_00000001"):
         latest(folder)
+
+
+def test_the_best_is_asked_for_or_the_newest(tmp_path):
+    checkpoints = tmp_path / "checkpoints"
+    for step in (3, 6):
+        (checkpoints / f"step_{step:08d}").mkdir(parents=True)
+        (checkpoints / f"step_{step:08d}" / "state.json").write_text(json.dumps({"step": step}))
+        (checkpoints / f"step_{step:08d}" / "config.yaml").touch()
+    (checkpoints / "latest").write_text("step_00000006\n")
+    assert find(tmp_path).step == find(tmp_path, best=True).step == 6  # no evaluation has chosen one
+    (checkpoints / "best").write_text("step_00000003\n")
+    assert find(tmp_path).step == 6 and find(tmp_path, best=True).step == find(checkpoints, best=True).step == 3
+    assert find(checkpoints / "step_00000006", best=True).step == 6
+
+
+def test_a_best_that_was_of_a_future_given_up_is_an_error(folder):
+    """`latest` was set back by hand, and what came after it is gone with the next checkpoint."""
+    (folder / "best").write_text("step_00000007\n")
+    prune(folder, "step_00000004", RunConfig(keep_last=2))
+    with pytest.raises(CheckpointError) as told:
+        latest(folder, "best")
+    assert str(told.value) == (
+        f"{folder}/best names step_00000007, which is not there; these are: step_00000003, step_00000004; write one of "
+        "them into it"
+    )
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"step": 4, "lo', b'{"step": 4}', b"\xff\xfe\n"])

@@ -26,10 +26,12 @@ from finetune.decode import (
     read_recogniser,
 )
 from finetune.ngram import BEGIN, END, Gram, arpa, estimate
+from finetune.predict import predict
 from finetune.speech import BLANK, error_rates, greedy
 from models.config import HeadConfig
 from models.heads import FineTuned
 from pretrain import full
+from pretrain.checkpoint import CheckpointError
 from pretrain.data.sources import DataError
 from pretrain.full import Full
 from pretrain.settings import ConfigError, to_tree
@@ -224,6 +226,15 @@ def test_the_program_writes_a_model(
     assert "7 1-grams" in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", ["ngram", str(tmp_path / "none.txt"), "--out", str(out)])
     assert ngram.main() == 2 and capsys.readouterr().err.startswith("error: cannot read")
+
+
+def test_of_a_run_the_best_checkpoint_is_read(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "step_00000006").mkdir(parents=True)
+    for name, content in (("latest", "step_00000006"), ("best", "step_00000003"), ("step_00000006/state.json", "{}")):
+        (tmp_path / "checkpoints" / name).write_text(content)
+    for read in (lambda: read_recogniser(str(tmp_path), []), lambda: predict(tmp_path, tmp_path / "out")):
+        with pytest.raises(CheckpointError, match="best names step_00000003, which is not there"):
+            read()
 
 
 def test_a_recogniser_is_read_from_a_file(tmp_path: Path) -> None:

@@ -31,7 +31,8 @@ class Program:
             return status
         config = load(arguments[0], arguments[1:])
         folder = Path(config.run.dir)
-        (folder / "checkpoints").mkdir(parents=True)
+        (folder / "checkpoints" / "step_00000003").mkdir(parents=True)
+        (folder / "checkpoints" / "step_00000003" / "state.json").write_text('{"step": 3}')
         lines = [{"step": 3, "test/accuracy": config.optim.lr * 1.1}, {"step": 6, "test/accuracy": config.optim.lr}]
         (folder / "eval.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         (folder / "checkpoints" / "best").write_text("step_00000003\n")
