@@ -88,20 +88,14 @@ class ImageTask(Task):
         return F.cross_entropy(outputs.float(), examples.targets, reduction="sum", ignore_index=LEFT_OUT)
 
     def predict(self, outputs: Tensor, examples: Examples) -> list[Any]:
-        """The likeliest classes, at most TOP of them; None, if another image stands in for it."""
+        """The likeliest classes, at most TOP of them."""
         likeliest = outputs.topk(min(TOP, outputs.shape[1])).indices.tolist()
         genuine = (examples.targets != LEFT_OUT).tolist()
         return [classes if own else None for classes, own in zip(likeliest, genuine, strict=True)]
 
-    def score(self, split: str, predictions: list[Any]) -> dict[str, float]:
-        """Shares of the images that can be read; of the others only how many they are."""
-        read = [i for i, classes in enumerate(predictions) if classes is not None]
-        if not read:
-            raise DataError(f"none of the {split} images can be read")
-        right = np.array([predictions[i] for i in read]) == self.evaluated[split].references[read, None]
-        unread = {"unread": float(len(predictions) - len(read))} if len(read) < len(predictions) else {}
-        found = {"accuracy": float(right[:, 0].mean()), f"top{right.shape[1]}": float(right.any(axis=1).mean())}
-        return found | unread
+    def judge(self, split: str, indices: list[int], predictions: list[Any]) -> dict[str, float]:
+        right = np.array(predictions) == self.evaluated[split].references[indices, None]
+        return {"accuracy": float(right[:, 0].mean()), f"top{right.shape[1]}": float(right.any(axis=1).mean())}
 
     def best(self, figures: dict[str, float]) -> float:
         return figures["accuracy"]

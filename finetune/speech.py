@@ -223,7 +223,6 @@ class SpeechTask(Task):
         return greedy(log_probs.argmax(dim=-1).numpy(), self.labels)
 
     def predict(self, outputs: Tensor, examples: Examples) -> list[Heard | None]:
-        """None, if another clip stands in for one."""
         assert isinstance(examples, Spoken) and examples.genuine is not None
         log_probs = outputs.float().log_softmax(-1)
         losses = ctc_losses(log_probs, examples).tolist()
@@ -231,11 +230,12 @@ class SpeechTask(Task):
         rows = zip(map(Heard, texts, losses, examples.letters), examples.genuine.tolist(), strict=True)
         return [heard if own else None for heard, own in rows]
 
-    def score(self, split: str, predictions: list[Heard | None]) -> dict[str, float]:
+    def judge(self, split: str, indices: list[int], predictions: list[Heard]) -> dict[str, float]:
         """Error rates, and the loss per letter over the clips that have a finite one: whose letters all have outputs,
         and frames enough."""
-        rates = error_rates(self.evaluated[split].references.texts, [heard and heard.text for heard in predictions])
-        judged = [heard for heard in predictions if heard and heard.letters and math.isfinite(heard.loss)]
+        texts = self.evaluated[split].references.texts
+        rates = error_rates([texts[i] for i in indices], [heard.text for heard in predictions])
+        judged = [heard for heard in predictions if heard.letters and math.isfinite(heard.loss)]
         letters = sum(heard.letters for heard in judged)
         return rates | ({"loss": sum(heard.loss for heard in judged) / letters} if judged else {})
 
@@ -282,12 +282,6 @@ def greedy(best: NDArray[np.int64], labels: Sequence[str]) -> str:
     return " ".join("".join(labels[i] for i in changes[changes != BLANK]).replace(LABELS[BETWEEN], " ").split())
 
 
-def error_rates(texts: Sequence[str], heard: Sequence[str | None]) -> dict[str, float]:
-    """Insertions, deletions and substitutions over all clips, by word and by letter of what is said; of clips that
-    could not be read only how many they are."""
-    pairs = [(text, found) for text, found in zip(texts, heard, strict=True) if found is not None]
-    if not pairs:
-        raise DataError("none of the recordings to evaluate can be read")
-    said, found = map(list, zip(*pairs, strict=True))
-    unread = {"unread": float(len(texts) - len(pairs))} if len(pairs) < len(texts) else {}
-    return {"wer": jiwer.wer(said, found), "cer": jiwer.cer(said, found)} | unread
+def error_rates(said: list[str], heard: list[str]) -> dict[str, float]:
+    """Insertions, deletions and substitutions over all clips, by word and by letter of what is said."""
+    return {"wer": jiwer.wer(said, heard), "cer": jiwer.cer(said, heard)}

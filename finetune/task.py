@@ -16,7 +16,7 @@ from models.movable import Movable
 from pretrain.config import BatchPlan
 from pretrain.data.names import digest
 from pretrain.data.sampler import StreamSampler
-from pretrain.data.sources import Sample
+from pretrain.data.sources import DataError, Sample
 
 
 @dataclass(frozen=True)
@@ -103,11 +103,20 @@ class Task(ABC):
 
     @abstractmethod
     def predict(self, outputs: Tensor, examples: Examples) -> list[Any]:
-        """What `score` wants to know of each sample, on the host."""
+        """What `judge` wants to know of each sample, on the host; None, if another stands in for it."""
+
+    def score(self, split: str, predictions: list[Any]) -> dict[str, float]:
+        """Figures of predictions for all samples of a split, in their order; of those that could not be read only how
+        many they are. Raises DataError if there are no others."""
+        read = [i for i, prediction in enumerate(predictions) if prediction is not None]
+        if not read:
+            raise DataError(f"none of the {split} samples can be read")
+        unread = {"unread": float(len(predictions) - len(read))} if len(read) < len(predictions) else {}
+        return self.judge(split, read, [predictions[i] for i in read]) | unread
 
     @abstractmethod
-    def score(self, split: str, predictions: list[Any]) -> dict[str, float]:
-        """Figures of predictions for all samples of a split, in their order."""
+    def judge(self, split: str, indices: list[int], predictions: list[Any]) -> dict[str, float]:
+        """Figures of predictions for some samples of a split."""
 
     @abstractmethod
     def best(self, figures: dict[str, float]) -> float:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from finetune import glue
 from finetune.config import CLASSES, NUMBER, Config
-from finetune.glue import judge, read_split
+from finetune.glue import read_split
 from finetune.task import Examples, Some, Split, Task
 from models.config import ModelConfig
 from pretrain.data.fetch import resolve
@@ -142,8 +142,8 @@ class TextTask(Task):
     def predict(self, outputs: Tensor, examples: Examples) -> list[Any]:
         return (outputs.argmax(dim=-1) if self.meaning.classes else outputs[:, 0].float()).tolist()
 
-    def score(self, split: str, predictions: list[Any]) -> dict[str, float]:
-        return judge(self.figures, np.array(predictions), self.evaluated[split].references)
+    def judge(self, split: str, indices: list[int], predictions: list[Any]) -> dict[str, float]:
+        return glue.judge(self.figures, np.array(predictions), self.evaluated[split].references[indices])
 
     def best(self, figures: dict[str, float]) -> float:
         return float(np.mean(list(figures.values())))

@@ -217,7 +217,7 @@ def test_what_stands_in_for_a_lost_image_is_not_judged(opened: ImageTask) -> Non
     lost = examples([LEFT_OUT, LEFT_OUT, *[0] * (len(references) - 2)])
     found = opened.score("test", opened.predict(outputs, lost))
     assert found["accuracy"] == pytest.approx(1 - 1 / (len(references) - 2)) and found["unread"] == 2
-    with pytest.raises(DataError, match="none of the test images can be read"):
+    with pytest.raises(DataError, match="none of the test samples can be read"):
         opened.score("test", [None] * len(references))
 
 

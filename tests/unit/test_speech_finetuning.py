@@ -276,6 +276,9 @@ def test_batches_of_clips(tmp_path: Path) -> None:
     dataset, references = found.evaluated["test"]
     batch = found.collate(references, [dataset[0, 0]])
     assert batch.hidden is None and batch.channels is None
+    heard = [None, *references.texts[1:]]
+    assert found.score("test", heard) == {"wer": 0.0, "cer": 0.0, "unread": 1.0}
+    assert found.score("test", ["", *heard[1:]])["wer"] > 0
 
 
 def test_the_held_out_loss_is_that_of_all_paths_by_letter(tmp_path: Path) -> None:
