@@ -192,7 +192,7 @@ def decode(weights: Full, task: Decoding) -> dict[str, list[Heard | None]]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = weights.network()
     network.load_state_dict(weights.tensors)
-    found = Evaluations(task, network.to(device).eval(), World(0, 1, device), steps=0)
+    found = Evaluations(task, network.to(device).eval(), World(0, 1, device), steps=0, note=print)
     return {name: found.predictions(name, split) for name, split in task.evaluated.items()}
 
 

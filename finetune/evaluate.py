@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,16 +12,18 @@ import torch.distributed as dist
 from finetune.config import EvalConfig
 from finetune.task import Split, Task
 from pretrain.data.loader import load_batches
+from pretrain.data.names import few
 from pretrain.labelled.samples import like_sized
 from pretrain.parallel import World
 from pretrain.progress import Progress
 
 
 class Evaluations:
-    """What `pretrain.loop` asks for: figures of every split, named SPLIT/FIGURE, the same on all ranks."""
+    """What `pretrain.loop` asks for: figures of every split, named SPLIT/FIGURE, the same on all ranks. `note` is told
+    what cannot be read, on the main rank, in a line a split."""
 
-    def __init__(self, task: Task, engine: Any, world: World, steps: int) -> None:
-        self.task, self.engine, self.world, self.steps = task, engine, world, steps
+    def __init__(self, task: Task, engine: Any, world: World, steps: int, note: Callable[[str], None]) -> None:
+        self.task, self.engine, self.world, self.steps, self.note = task, engine, world, steps, note
         self.config: EvalConfig = task.config.eval
 
     def due(self, step: int) -> bool:
@@ -51,15 +53,20 @@ class Evaluations:
         collate, workers = partial(task.collate, split.references), task.config.data.workers
         keys = [[(0, index) for index in batch] for batch in padded]
         found: dict[int, Any] = {}
+        failures: set[str] = set()
         with Progress(f"evaluation on {name}" if world.is_main else "", len(split.dataset)) as told:
             for batch, examples in zip(padded, load_batches(split.dataset, keys, collate, workers, world), strict=True):
                 there = examples.to(world.device)
                 outputs = self.engine(there.inputs, there.lengths, **task.arguments(there))
                 found |= zip(batch, task.predict(outputs, there), strict=True)
+                failures.update(examples.failures)
                 told.advance(len(batch) * world.data_ranks)
-        every = [found]
+        every = [(found, failures)]
         if world.size > 1:
-            every = [{}] * world.size
-            dist.all_gather_object(every, found)
-        whole = dict(itertools.chain.from_iterable(part.items() for part in every))
+            every *= world.size
+            dist.all_gather_object(every, (found, failures))
+        whole = {index: prediction for part, _ in every for index, prediction in part.items()}
+        lost = sorted(set().union(*(files for _, files in every)))
+        if lost and world.is_main:
+            self.note(f"evaluation on {name}: could not decode {len(lost):,}: {few(lost)}")
         return [whole[index] for index in range(len(split.dataset))]

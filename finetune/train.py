@@ -133,7 +133,7 @@ class FineTuning:
         return load_batches(dataset, keys, collate, self.config.data.workers, self.world)
 
     def evaluation(self, dataset: Any, trainer: Trainer, note: Callable[[str], None]) -> Evaluations:
-        return Evaluations(self.task, trainer.engine, self.world, self.config.train.steps)
+        return Evaluations(self.task, trainer.engine, self.world, self.config.train.steps, note)
 
     def assets(self, dataset: Any) -> dict[str, bytes]:
         labels = json.dumps(self.task.labels, ensure_ascii=False, indent=1) + "\n"

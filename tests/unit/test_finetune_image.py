@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from finetune import evaluate
 from finetune.config import Config, FineTuningOptimConfig, load
 from finetune.image import LEFT_OUT, ImageTask, shares
 from finetune.optim import parameter_groups
 from finetune.task import Examples
+from finetune.train import FineTuning
 from models.config import DropoutConfig, HeadConfig, ModelConfig
 from models.data2vec import Data2Vec, Encoder
 from models.encoder import DropPath
@@ -23,6 +29,7 @@ from pretrain import full
 from pretrain.data.image import ImageDataset
 from pretrain.data.sources import DataError, open_images
 from pretrain.full import Full
+from pretrain.parallel import World
 from pretrain.settings import ConfigError, to_tree
 from tests.launch import ROOT
 
@@ -219,6 +226,47 @@ def test_what_stands_in_for_a_lost_image_is_not_judged(opened: ImageTask) -> Non
     assert found["accuracy"] == pytest.approx(1 - 1 / (len(references) - 2)) and found["unread"] == 2
     with pytest.raises(DataError, match="none of the test samples can be read"):
         opened.score("test", [None] * len(references))
+
+
+def test_an_evaluation_tells_what_it_could_not_read_on_any_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks, in threads; each meets broken files of its own."""
+    for split, name in itertools.product(("train", "test"), ("a", "b")):
+        (tmp_path / split / name).mkdir(parents=True)
+        for i in range(6):
+            Image.fromarray(np.full((28, 28), 40 * i, np.uint8)).save(tmp_path / split / name / f"{i}.png")
+    broken = [tmp_path / "test" / name for name in ("a/0.png", "a/1.png", "a/3.png", "b/2.png")]
+    for path in broken:
+        path.write_bytes(b"no picture")
+    task = ImageTask(load(TINY, [f"data.path={tmp_path}", "data.labels=null", "eval.batch_size=4"]), progress=False)
+    parts: dict[int, Any] = {}
+    notes: dict[int, list[str]] = {0: [], 1: []}
+    met = threading.Barrier(2, timeout=60)
+
+    def gathered(every: list[Any], own: Any) -> None:
+        parts[int(threading.current_thread().name)] = own
+        met.wait()
+        every[:] = parts[0], parts[1]
+
+    monkeypatch.setattr(evaluate.dist, "all_gather_object", gathered)
+    found: dict[int, dict[str, float]] = {}
+
+    def evaluated(rank: int) -> None:
+        network = FineTuned(task.resolved.model, task.resolved.head)
+        job = FineTuning(task, World(rank, 2, torch.device("cpu")))
+        found[rank] = job.evaluation(None, SimpleNamespace(engine=network), notes[rank].append)(3)  # type: ignore[arg-type]
+
+    threads = [threading.Thread(target=evaluated, args=(rank,), name=str(rank)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found[0].keys() == {"test/accuracy", "test/top2", "test/unread"} and found[0]["test/unread"] == 4
+    (note,) = notes[0]
+    assert note.startswith("evaluation on test: could not decode 4: ") and note.endswith(" and 1 more")
+    assert [str(path) in note for path in broken] == [True, True, True, False] and "not an image" in note
+    assert not notes[1] and all(own[1] for own in parts.values())
 
 
 def test_evaluations_see_the_middle(tmp_path: Path) -> None:
