@@ -17,14 +17,13 @@ import torch
 from torch import Tensor
 
 from finetune.config import Config, check
-from finetune.evaluate import Evaluations
+from finetune.evaluate import predictions
 from finetune.speech import BETWEEN, BLANK, LABELS, Heard, SpeechTask, greedy
 from pretrain import full
 from pretrain.checkpoint import CheckpointError
 from pretrain.data.sources import DataError
 from pretrain.files import write_atomically
 from pretrain.full import Full
-from pretrain.parallel import World
 from pretrain.saved import find
 from pretrain.settings import ConfigError, build, merge, overridden
 
@@ -187,15 +186,6 @@ def read_recogniser(path: str, overrides: Sequence[str]) -> tuple[Full, Config, 
     return weights, build(Config, merge(weights.settings, overridden({}, overrides)), source=path), labels
 
 
-def decode(weights: Full, task: Decoding) -> dict[str, list[Heard | None]]:
-    """What is heard in each clip of the config's splits."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = weights.network()
-    network.load_state_dict(weights.tensors)
-    found = Evaluations(task, network.to(device).eval(), World(0, 1, device), steps=0, note=print)
-    return {name: found.predictions(name, split) for name, split in task.evaluated.items()}
-
-
 def write_heard(path: Path, task: Decoding, split: str, heard: Sequence[Heard | None]) -> None:
     """A table of files, what is said in them, and what is heard."""
     dataset, references = task.evaluated[split]
@@ -244,7 +234,7 @@ def main() -> int:
         task = Decoding(config, labels, decoder)
         for note in task.notes:
             print(f"data: {note}")
-        heard = decode(weights, task)
+        heard = predictions(weights, task)
         folder = Path(args.out or (Path(args.path).parent if args.path.endswith(full.SUFFIX) else find(args.path).run))
         for split, found in heard.items():
             rates = task.score(split, found)

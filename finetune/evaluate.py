@@ -13,6 +13,7 @@ from finetune.config import EvalConfig
 from finetune.task import Split, Task
 from pretrain.data.loader import load_batches
 from pretrain.data.names import few
+from pretrain.full import Full
 from pretrain.labelled.samples import like_sized
 from pretrain.parallel import World
 from pretrain.progress import Progress
@@ -70,3 +71,13 @@ class Evaluations:
         if lost and world.is_main:
             self.note(f"evaluation on {name}: could not decode {len(lost):,}: {few(lost)}")
         return [whole[index] for index in range(len(split.dataset))]
+
+
+def predictions(weights: Full, task: Task) -> dict[str, list[Any]]:
+    """What a network, in fp32 and in this process alone, predicts of the samples of each split; what cannot be read is
+    told on the screen."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network = weights.network()
+    network.load_state_dict(weights.tensors)
+    found = Evaluations(task, network.to(device).eval(), World(0, 1, device), steps=0, note=print)
+    return {name: found.predictions(name, split) for name, split in task.evaluated.items()}

@@ -6,25 +6,25 @@ python -m finetune.predict RUN --out FOLDER [--split test] [--data PATH]
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-from torch import nn
+import numpy as np
+from torch import Tensor
 
 from finetune.config import NUMBER, Config
+from finetune.evaluate import predictions
 from finetune.glue import TASKS
-from finetune.text import Meaning, TextTask, find_tokenizer, most_tokens, open_texts, padded
+from finetune.task import Examples, Split, Task
+from finetune.text import Meaning, TextTask, find_tokenizer, most_tokens, open_texts
 from pretrain import full
 from pretrain.checkpoint import CheckpointError
 from pretrain.data.sources import DataError
 from pretrain.data.text import SentenceDataset
 from pretrain.files import write_atomically
-from pretrain.labelled.samples import like_sized
-from pretrain.progress import Progress
+from pretrain.full import Full
 from pretrain.runtime import EXIT_BAD_INPUT
 from pretrain.settings import ConfigError, build
 
@@ -40,24 +40,18 @@ def predict(run: str | Path, out: str | Path, splits: Sequence[str] = (), data: 
     if found.settings.get("task") != "text":
         raise ConfigError(f"{run} is no fine-tuned text model; python -m finetune makes one")
     config = build(Config, found.settings, source=str(run))
-    text = replace(config.text, tokenizer="")  # which has come with the weights
-    config = replace(config, text=text, data=replace(config.data, path=data or config.data.path))
-    if text.kind != NUMBER and full.LABELS not in found.assets:
-        raise CheckpointError(f"{run} has no {full.LABELS} that names its outputs")
-    classes = [] if text.kind == NUMBER else json.loads(found.assets[full.LABELS])
-    low, high = text.range or (0.0, 1.0)
-    meaning = Meaning(classes, low, high, bounded=bool(text.task))
-    tokenizer = find_tokenizer(config, found.assets)
-    network = found.network()
-    network.load_state_dict(found.tensors)
-    names = TASKS[text.task].tests if text.task else {}
+    names = TASKS[config.text.task].tests if config.text.task else {}
     chosen = list(names) if not splits or list(splits) == ["test"] else list(splits)
+    config = replace(
+        config,
+        text=replace(config.text, tokenizer=""),  # which has come with the weights
+        data=replace(config.data, path=data or config.data.path),
+        eval=replace(config.eval, splits=tuple(chosen or ["test"])),
+    )
+    if config.text.kind != NUMBER and found.labels is None:
+        raise CheckpointError(f"{run} has no {full.LABELS} that names its outputs")
     files = []
-    for split in chosen or ["test"]:
-        texts = open_texts(config, split, labelled=False)
-        label = f"encoding {split}"
-        dataset = SentenceDataset(texts.first, tokenizer, most_tokens(config), texts.second, label)
-        told = told_of(network, dataset, config, meaning, f"predicting {split}")
+    for split, told in predictions(found, Unlabelled(config, found)).items():
         file = Path(out).expanduser() / f"{names.get(split, f'{split}_predictions')}.tsv"
         file.parent.mkdir(parents=True, exist_ok=True)
         lines = "".join(f"{index}\t{prediction}\n" for index, prediction in enumerate(told))
@@ -66,21 +60,24 @@ def predict(run: str | Path, out: str | Path, splits: Sequence[str] = (), data: 
     return files
 
 
-@torch.inference_mode()
-def told_of(network: nn.Module, dataset: SentenceDataset, config: Config, meaning: Meaning, label: str) -> list[str]:
-    """What the network, in fp32, predicts of every text, in their order."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = network.to(device).eval()
-    told = [""] * len(dataset)
-    with Progress(label, len(dataset)) as progress:
-        for batch in like_sized(dataset.lengths, config.eval.batch_size, TextTask.largest):
-            inputs = padded([dataset[0, int(i)] for i in batch], config.model)
-            lengths = None if inputs.lengths is None else inputs.lengths.to(device)
-            outputs = network(inputs.inputs.to(device), lengths)
-            for index, prediction in zip(batch, meaning.told(outputs), strict=True):
-                told[index] = prediction
-            progress.advance(len(batch))
-    return told
+class Unlabelled(TextTask):
+    """Texts without labels, for a network that has learned what they are."""
+
+    def __init__(self, config: Config, weights: Full) -> None:
+        Task.__init__(self, config, progress=True)  # nothing is opened to learn from
+        text = config.text
+        low, high = text.range or (0.0, 1.0)
+        classes = [] if text.kind == NUMBER else weights.labels or []
+        self.meaning = Meaning(classes, low, high, bounded=bool(text.task))
+        tokenizer = find_tokenizer(config, weights.assets)
+        self.evaluated = {}
+        for split in config.eval.splits:
+            texts, label = open_texts(config, split, labelled=False), f"encoding {split}"
+            dataset = SentenceDataset(texts.first, tokenizer, most_tokens(config), texts.second, label)
+            self.evaluated[split] = Split(dataset, np.zeros(len(dataset), np.int64))
+
+    def predict(self, outputs: Tensor, examples: Examples) -> list[str]:
+        return self.meaning.told(outputs)
 
 
 def main() -> int:

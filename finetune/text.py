@@ -18,7 +18,6 @@ from finetune import glue
 from finetune.config import CLASSES, NUMBER, Config
 from finetune.glue import read_split
 from finetune.task import Examples, Some, Split, Task
-from models.config import ModelConfig
 from pretrain.data.fetch import resolve
 from pretrain.data.names import digest
 from pretrain.data.sources import DataError, Sample
@@ -26,7 +25,7 @@ from pretrain.data.tables import Texts, existing_table, numbered, read_texts, re
 from pretrain.data.text import SentenceDataset
 from pretrain.data.tokenizer import Tokenizer, fitting, is_tokenizer, open_tokenizer, tokenizer_among
 from pretrain.full import assets, assets_of
-from pretrain.labelled.samples import Inputs, balanced_order, pad
+from pretrain.labelled.samples import balanced_order, pad
 from pretrain.labelled.text import TEXT
 from pretrain.settings import ConfigError
 
@@ -130,7 +129,7 @@ class TextTask(Task):
 
     def collate(self, references: NDArray, samples: Sequence[Sample]) -> Examples:
         """-> (B, T) int64, the padding id behind the shorter ones, and (B,) int64 classes or fp32 numbers."""
-        found = padded(samples, self.config.model)
+        found = pad(samples, self.config.model, self.config.model.text.pad)
         targets = torch.from_numpy(references[[sample.index for sample in samples]])
         return Examples(found.inputs, targets, len(samples), found.lengths)
 
@@ -196,10 +195,6 @@ def numbers(texts: Texts) -> NDArray[np.float64]:
         lines = numbered([texts.lines[i] for i in bad])
         raise DataError(f"{texts.file} {lines}: label {(texts.labels or [])[bad[0]]!r} is no number")
     return found
-
-
-def padded(samples: Sequence[Sample], model: ModelConfig) -> Inputs:
-    return pad(samples, model, model.text.pad)
 
 
 def most_tokens(config: Config) -> int:
