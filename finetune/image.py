@@ -17,7 +17,7 @@ from finetune.task import Examples, Some, Split, Task
 from pretrain.data.fetch import resolve
 from pretrain.data.image import ImageDataset
 from pretrain.data.sources import DataError, ImageSource, Sample, open_images
-from pretrain.labelled.samples import Labels, balanced_order, renumbered
+from pretrain.labelled.samples import Labels, renumbered
 
 LEFT_OUT = -100  # the class of what takes no part in the loss
 TOP = 5
@@ -35,8 +35,7 @@ class ImageTask(Task):
         source = _labelled(path, config.data.split)
         self.labels = source.classes
         images, classes = self._open(source, train=True)
-        indices = balanced_order(classes, config.train.seed)[: config.data.labels]
-        self.train = Split(Some(images, np.sort(indices)), classes)
+        self.train = Split(Some.drawn(images, classes, config), classes)
         self.evaluated = {split: self._open(_labelled(path, split), train=False) for split in config.eval.splits}
 
     def _open(self, source: ImageSource, train: bool) -> Split:

@@ -17,6 +17,7 @@ from pretrain.config import BatchPlan
 from pretrain.data.names import digest
 from pretrain.data.sampler import StreamSampler
 from pretrain.data.sources import DataError, Sample
+from pretrain.labelled.samples import balanced_order
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,15 @@ class Some:
         self.dataset, self.indices = dataset, indices
         self.notes = (*dataset.notes, f"{len(indices):,} of {len(dataset):,} are learned from")
         self.assets = dataset.assets
+
+    @classmethod
+    def drawn(cls, dataset: Any, groups: NDArray[np.int64], config: Config) -> Some:
+        """`data.labels` of the samples, evenly over `groups` (n,), by `train.seed`."""
+        wanted = config.data.labels
+        some = cls(dataset, np.sort(balanced_order(groups, config.train.seed)[:wanted]))
+        if wanted is not None and wanted > len(groups):
+            some.notes += (f"data.labels={wanted} is more than there are: {len(groups):,}",)
+        return some
 
     def fingerprint(self) -> str:
         return digest(self.dataset.fingerprint().encode() + self.indices.tobytes())

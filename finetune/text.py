@@ -25,7 +25,7 @@ from pretrain.data.tables import Texts, existing_table, numbered, read_texts, re
 from pretrain.data.text import SentenceDataset
 from pretrain.data.tokenizer import Tokenizer, fitting, is_tokenizer, open_tokenizer, tokenizer_among
 from pretrain.full import assets, assets_of
-from pretrain.labelled.samples import balanced_order, pad
+from pretrain.labelled.samples import pad
 from pretrain.labelled.text import TEXT
 from pretrain.settings import ConfigError
 
@@ -103,8 +103,7 @@ class TextTask(Task):
         self.figures = known.figures if known else ("accuracy",) if self.meaning.classes else ("pearson", "spearman")
         texts, references = self._encoded(train, config.data.split, progress)
         groups = references if self.meaning.classes else np.zeros(len(references), np.int64)
-        indices = balanced_order(groups, config.train.seed)[: config.data.labels]
-        self.train = Split(Some(texts, np.sort(indices)), references)
+        self.train = Split(Some.drawn(texts, groups, config), references)
         self.evaluated = {
             split: self._encoded(open_texts(config, split), split, progress) for split in config.eval.splits
         }

@@ -228,14 +228,31 @@ def test_what_stands_in_for_a_lost_image_is_not_judged(opened: ImageTask) -> Non
         opened.score("test", [None] * len(references))
 
 
+def write_grey(folder: Path) -> Path:
+    """Six images each of the classes a and b, to learn from and to test."""
+    for split, name in itertools.product(("train", "test"), ("a", "b")):
+        (folder / split / name).mkdir(parents=True)
+        for i in range(6):
+            Image.fromarray(np.full((28, 28), 40 * i, np.uint8)).save(folder / split / name / f"{i}.png")
+    return folder
+
+
+def test_more_labels_than_there_are_are_told(tmp_path: Path) -> None:
+    write_grey(tmp_path)
+
+    def notes(labels: int) -> tuple[str, ...]:
+        config = load(TINY, [f"data.path={tmp_path}", f"data.labels={labels}"])
+        return ImageTask(config, progress=False).train.dataset.notes
+
+    assert notes(13) == ("12 of 12 are learned from", "data.labels=13 is more than there are: 12")
+    assert notes(12) == ("12 of 12 are learned from",) and notes(4) == ("4 of 12 are learned from",)
+
+
 def test_an_evaluation_tells_what_it_could_not_read_on_any_rank(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two ranks, in threads; each meets broken files of its own."""
-    for split, name in itertools.product(("train", "test"), ("a", "b")):
-        (tmp_path / split / name).mkdir(parents=True)
-        for i in range(6):
-            Image.fromarray(np.full((28, 28), 40 * i, np.uint8)).save(tmp_path / split / name / f"{i}.png")
+    write_grey(tmp_path)
     broken = [tmp_path / "test" / name for name in ("a/0.png", "a/1.png", "a/3.png", "b/2.png")]
     for path in broken:
         path.write_bytes(b"no picture")

@@ -421,6 +421,8 @@ def test_some_labels_are_balanced_and_follow_from_the_seed(tmp_path: Path, token
     assert np.bincount(task.train.references[indices]).tolist() == [5, 5] and len(task.train.dataset) == 10
     assert [task.train.dataset[0, i].index for i in range(10)] == indices
     assert chosen()[1] == indices != chosen("train.seed=2")[1]
+    assert "more than there are" not in " ".join(chosen("data.labels=50")[0].train.dataset.notes)
+    assert chosen("data.labels=51")[0].train.dataset.notes[-1] == "data.labels=51 is more than there are: 50"
     write(tmp_path, train=[f"{i}\t{text(4 + i)}" for i in range(50)], test=lines[:0] or ["1\tw4", "2\tw5"])
     numbers = chosen("text.kind=number")[1]
     assert (
