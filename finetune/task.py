@@ -14,10 +14,11 @@ from torch import Tensor
 from finetune.config import Config
 from models.movable import Movable
 from pretrain.config import BatchPlan
-from pretrain.data.names import digest
+from pretrain.data.names import digest, few
 from pretrain.data.sampler import StreamSampler
 from pretrain.data.sources import DataError, Sample
 from pretrain.labelled.samples import balanced_order
+from pretrain.settings import ConfigError
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,11 @@ class Task(ABC):
 
     @property
     def resolved(self) -> Config:
-        """The config with what only the data say."""
-        return replace(self.config, head=replace(self.config.head, outputs=len(self.labels)))
+        """The config with what only the data say. Raises ConfigError if it says otherwise."""
+        given, outputs = self.config.head.outputs, len(self.labels)
+        if given not in (0, outputs):
+            raise ConfigError(f"head.outputs={given}, but the data have {outputs:,} ({few(self.labels)}): leave it out")
+        return replace(self.config, head=replace(self.config.head, outputs=outputs))
 
     @property
     def assets(self) -> dict[str, bytes]:

@@ -248,6 +248,18 @@ def test_more_labels_than_there_are_are_told(tmp_path: Path) -> None:
     assert notes(12) == ("12 of 12 are learned from",) and notes(4) == ("4 of 12 are learned from",)
 
 
+def test_a_number_of_outputs_that_the_data_have_not_is_refused(tmp_path: Path) -> None:
+    write_grey(tmp_path)
+
+    def task(outputs: int) -> ImageTask:
+        return ImageTask(load(TINY, [f"data.path={tmp_path}", f"head.outputs={outputs}"]), progress=False)
+
+    assert task(0).resolved.head.outputs == task(2).resolved.head.outputs == 2
+    with pytest.raises(ConfigError) as told:
+        _ = FineTuning(task(10), World(0, 1, torch.device("cpu"))).config
+    assert str(told.value) == "head.outputs=10, but the data have 2 (a, b): leave it out"
+
+
 def test_an_evaluation_tells_what_it_could_not_read_on_any_rank(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
