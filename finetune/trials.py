@@ -9,12 +9,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from finetune.config import Config, load
 from pretrain.checkpoint import CheckpointError, differences
 from pretrain.files import write_atomically
-from pretrain.runtime import STOP_SIGNALS
+from pretrain.runtime import EXIT_RESUME, STOP_SIGNALS
 from pretrain.saved import find
 from pretrain.settings import build
 
@@ -81,11 +82,19 @@ def read_figures(run: Path) -> Figures:
 
 
 def _finetune(arguments: list[str]) -> int:
-    """The exit status of `python -m finetune`, which is handed the signals that ask to stop."""
+    """The exit status of `python -m finetune`, which is handed the signals that ask to stop. One that such a signal
+    ends, because it is still starting, is continued as one that has saved."""
     process = subprocess.Popen([sys.executable, "-m", "finetune", *arguments])
-    previous = {number: signal.signal(number, lambda n, _: process.send_signal(n)) for number in STOP_SIGNALS}
+    handed: set[int] = set()
+
+    def hand(number: int, _: FrameType | None) -> None:
+        handed.add(number)
+        process.send_signal(number)
+
+    previous = {number: signal.signal(number, hand) for number in STOP_SIGNALS}
     try:
-        return process.wait()
+        status = process.wait()
+        return EXIT_RESUME if -status in handed else status
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

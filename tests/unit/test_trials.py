@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -72,6 +74,35 @@ def test_a_trial_that_ends_early_is_continued(program: Program, tmp_path: Path) 
     assert stopped.value.status == 75
     assert set(trials.run_trials(TINY, TWO, tmp_path)) == {"a", "b"}
     assert [run[1] for run in program.runs] == ["optim.lr=0.2", "optim.lr=0.4", "optim.lr=0.4"]
+
+
+@pytest.mark.parametrize("number", trials.STOP_SIGNALS)
+@pytest.mark.parametrize(
+    ("asked", "ends", "status"), [(True, None, 75), (True, 75, 75), (True, 1, 1), (False, None, None)]
+)
+def test_a_trial_that_a_stop_ends_while_it_starts_is_continued(
+    monkeypatch: pytest.MonkeyPatch, number: signal.Signals, asked: bool, ends: int | None, status: int | None
+) -> None:
+    """It ends by the signal (None) unless it heeds it; not asked: somebody else has sent it."""
+
+    class Process:
+        handed: ClassVar[list[int]] = []
+
+        def __init__(self, line: list[str]) -> None:
+            assert line[1:] == ["-m", "finetune", "a.yaml"]
+
+        def send_signal(self, number: int) -> None:
+            self.handed.append(number)
+
+        def wait(self) -> int:
+            if asked:
+                signal.raise_signal(number)
+            return -number if ends is None else ends
+
+    before = [signal.getsignal(number) for number in trials.STOP_SIGNALS]
+    monkeypatch.setattr(trials.subprocess, "Popen", Process)
+    assert trials._finetune(["a.yaml"]) == (-number if status is None else status)
+    assert Process.handed == [number] * asked and [signal.getsignal(n) for n in trials.STOP_SIGNALS] == before
 
 
 def test_another_trial_in_the_folder_is_refused_before_any_starts(program: Program, tmp_path: Path) -> None:
