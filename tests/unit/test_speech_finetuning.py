@@ -16,7 +16,7 @@ from torch import Tensor
 
 from finetune.config import Config, load
 from finetune.optim import learning_rate, parameter_groups
-from finetune.speech import SpeechTask, Spoken, collected_labels, frames_for, spelt
+from finetune.speech import Heard, SpeechTask, Spoken, collected_labels, frames_for, spelt
 from finetune.transcripts import Spelling, open_transcribed
 from models.config import AudioConfig, DropoutConfig, HeadConfig, ModelConfig
 from models.heads import FineTuned
@@ -276,9 +276,9 @@ def test_batches_of_clips(tmp_path: Path) -> None:
     dataset, references = found.evaluated["test"]
     batch = found.collate(references, [dataset[0, 0]])
     assert batch.hidden is None and batch.channels is None
-    heard = [None, *references.texts[1:]]
-    assert found.score("test", heard) == {"wer": 0.0, "cer": 0.0, "unread": 1.0}
-    assert found.score("test", ["", *heard[1:]])["wer"] > 0
+    right = [Heard(text, 1.0, 2) for text in references.texts[1:]]
+    assert found.score("test", [None, *right]) == {"wer": 0.0, "cer": 0.0, "loss": 0.5, "unread": 1.0}
+    assert found.score("test", [Heard("", 1.0, 2), *right])["wer"] > 0
 
 
 def test_the_held_out_loss_is_that_of_all_paths_by_letter(tmp_path: Path) -> None:
