@@ -17,7 +17,7 @@ def start(config: Config, world: World) -> FineTuning:
 
 
 def kind(task: str) -> type[Task]:
-    """Each imports libraries that the others do not want, and that take seconds."""
+    """The class of a task, imported here: each takes libraries that the others do without, and seconds."""
     if task == "image":
         from finetune.image import ImageTask
 

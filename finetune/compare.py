@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 
 from finetune.config import Config, load
 from finetune.panels import BLUE, GREY, STYLE
+from finetune.task import UNREAD
 from finetune.trials import Figures, TrialFailed, run_trials
 from pretrain import full
 from pretrain.checkpoint import CheckpointError
@@ -34,6 +35,7 @@ from pretrain.settings import ConfigError, to_tree
 
 PRETRAINED, SCRATCH = ARMS = ("pre-trained", "scratch")
 KINDS = ("labels", "minutes")
+PLAIN = ("loss",)  # figures that are shown as they are; others are shares, shown as percentages
 ALL = "all"
 
 
@@ -44,23 +46,22 @@ class Comparison:
     kind: str  # of amount: labels or minutes
     amounts: list[str]
     figures: dict[str, dict[str, list[Figures]]]
-    figure: str = ""
-    """The one that is compared; empty: the first."""
+    figure: str = ""  # the one that is compared; empty: the first
 
     @property
     def judged(self) -> str:
-        """SPLIT/FIGURE, of the first split. Raises ConfigError if there is no such figure."""
-        known = list(next(found[0] for arm in self.figures.values() for found in arm.values() if found))
+        """SPLIT/FIGURE, of the first split. Raises ConfigError if not all trainings have it."""
+        every = [found for arm in self.figures.values() for trials in arm.values() for found in trials]
+        known = [name for name in every[0] if all(name in found for found in every) and not name.endswith(f"/{UNREAD}")]
         wanted = f"{known[0].partition('/')[0]}/{self.figure}" if self.figure else known[0]
         if wanted not in known:
             names = ", ".join(name.partition("/")[2] for name in known)
-            raise ConfigError(f"--figure {self.figure}: evaluations have {names}")
+            raise ConfigError(f"--figure {self.figure}: what all evaluations have is {names}")
         return wanted
 
     @property
     def scale(self) -> int:
-        """Shares are shown as percentages, a loss as it is."""
-        return 1 if self.judged.endswith("/loss") else 100
+        return 1 if self.judged.rpartition("/")[2] in PLAIN else 100
 
     @property
     def unit(self) -> str:
@@ -199,7 +200,9 @@ def main() -> int:
         amounts.add_argument(f"--{kind}", nargs="+", type=amount_of, metavar="N", help=f"{kind} to learn from, or all")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="trainings of each kind (default 3)")
     parser.add_argument("--override", action="append", default=[], metavar="KEY:section.key=value")
-    parser.add_argument("--figure", default="", metavar="NAME", help="what is compared (default: the first there is)")
+    parser.add_argument(
+        "--figure", default="", metavar="NAME", help="of the last evaluation of the first split (default: its first)"
+    )
     parser.add_argument("--out", type=Path, metavar="FOLDER")
     args = parser.parse_intermixed_args()
     kind = next(kind for kind in KINDS if getattr(args, kind))

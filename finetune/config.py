@@ -205,7 +205,7 @@ def check(config: Config) -> None:
                 "optim.freeze_local is for a waveform's convolutions: leave it out",
             ),
             (0 < optim.layer_decay <= 1, f"optim.layer_decay={optim.layer_decay} must lie in (0, 1]"),
-            (0 < optim.head_scale < math.inf, f"optim.head_scale={optim.head_scale} must be more than 0"),
+            (0 < optim.head_scale < math.inf, f"optim.head_scale={optim.head_scale} must be positive and finite"),
             (optim.freeze_steps >= 0, f"optim.freeze_steps={optim.freeze_steps} must be 0 or more"),
             (0 <= config.head.dropout < 1, f"head.dropout={config.head.dropout} must lie in [0, 1)"),
             *(

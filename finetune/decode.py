@@ -48,16 +48,6 @@ class Decoder(Protocol):
         """(T, C) fp32 on the host -> words."""
 
 
-class GreedyDecoder:
-    """The likeliest label of each frame."""
-
-    def __init__(self, labels: Sequence[str]) -> None:
-        self.labels = labels
-
-    def __call__(self, log_probs: Tensor) -> str:
-        return greedy(log_probs.argmax(dim=-1).numpy(), self.labels)
-
-
 class BeamDecoder:
     """The likeliest of any letters: over all paths that lead to them."""
 
@@ -164,14 +154,17 @@ def read_lexicon(path: str) -> list[str]:
 
 
 class Decoding(SpeechTask):
-    """Evaluates a trained network by a decoder."""
+    """Evaluates a trained network by a decoder; greedily without."""
 
-    def __init__(self, config: Config, labels: list[str], decoder: Decoder) -> None:
+    def __init__(self, config: Config, labels: list[str], decoder: Decoder | None) -> None:
         super().__init__(config, progress=True, labels=labels)
         self.decoder = decoder
 
-    def hear(self, log_probs: Tensor) -> str:
-        return self.decoder(log_probs)
+    def hear(self, log_probs: Tensor, frames: Sequence[int]) -> list[str]:
+        if self.decoder is None:
+            return super().hear(log_probs, frames)
+        rows = zip(log_probs.cpu(), frames, strict=True)
+        return [self.decoder(row[:count]) if count else "" for row, count in rows]
 
 
 def read_recogniser(path: str, overrides: Sequence[str]) -> tuple[Full, Config, list[str]]:
@@ -194,7 +187,7 @@ def write_heard(path: Path, task: Decoding, split: str, heard: Sequence[Heard | 
     write_atomically(path, "".join("\t".join(row) + "\n" for row in (("file", "said", "heard"), *rows)))
 
 
-def build_decoder(labels: list[str], lm: str, lexicon: str, greedily: bool, beam: Beam) -> Decoder:
+def build_decoder(labels: list[str], lm: str, lexicon: str, greedily: bool, beam: Beam) -> Decoder | None:
     if lm and greedily:
         raise ConfigError("--greedy takes no --lm: leave one out")
     if lm:
@@ -203,7 +196,7 @@ def build_decoder(labels: list[str], lm: str, lexicon: str, greedily: bool, beam
         return WordDecoder(labels, read_lexicon(lexicon or lm), str(Path(lm).expanduser()), beam)
     if lexicon:
         raise ConfigError("--lexicon is for --lm: give both")
-    return GreedyDecoder(labels) if greedily else BeamDecoder(labels, beam)
+    return None if greedily else BeamDecoder(labels, beam)
 
 
 def main() -> int:

@@ -55,7 +55,7 @@ class Evaluations:
         keys = [[(0, index) for index in batch] for batch in padded]
         found: dict[int, Any] = {}
         failures: set[str] = set()
-        with Progress(f"evaluation on {name}" if world.is_main else "", len(split.dataset)) as told:
+        with Progress(f"{name} samples" if world.is_main else "", len(split.dataset)) as told:
             for batch, examples in zip(padded, load_batches(split.dataset, keys, collate, workers, world), strict=True):
                 there = examples.to(world.device)
                 outputs = self.engine(there.inputs, there.lengths, **task.arguments(there))
@@ -64,12 +64,12 @@ class Evaluations:
                 told.advance(len(batch) * world.data_ranks)
         every = [(found, failures)]
         if world.size > 1:
-            every *= world.size
+            every = [({}, set())] * world.size
             dist.all_gather_object(every, (found, failures))
         whole = {index: prediction for part, _ in every for index, prediction in part.items()}
         lost = sorted(set().union(*(files for _, files in every)))
         if lost and world.is_main:
-            self.note(f"evaluation on {name}: could not decode {len(lost):,}: {few(lost)}")
+            self.note(f"{name}: could not decode {len(lost):,}: {few(lost)}")
         return [whole[index] for index in range(len(split.dataset))]
 
 

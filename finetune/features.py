@@ -309,7 +309,9 @@ def main() -> int:
     parser.add_argument("--out", required=True, metavar="FOLDER_OR_FILE", help="a folder, or a name.safetensors")
     parser.add_argument("--format", choices=FORMATS, default="", dest="kind")
     parser.add_argument("--what", choices=WHAT, default="pooled", help="means, every position, or what probes see")
-    parser.add_argument("--layers", nargs="+", type=layer, default=(), metavar="N", help="main blocks, or all (-1)")
+    parser.add_argument(
+        "--layers", nargs="+", type=layer, default=(), metavar="N", help="main blocks, or all (default: -1, the last)"
+    )
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="samples at a time, at most")
     parser.add_argument("--which", choices=WHICH, default="teacher")

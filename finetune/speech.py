@@ -106,7 +106,8 @@ class SpeechTask(Task):
             transcribed = self._open(config.speech.held_out or config.data.path, split)
             dataset, references = self._clips(transcribed)
             self.evaluated[split] = Split(dataset, references)
-            self.notes += (f"{split}: {note}" for note in (*dataset.notes, *transcribed.notes))
+            silent = told_of(dataset, self._without_loss(dataset, references), "no loss for")
+            self.notes += (f"{split}: {note}" for note in (*dataset.notes, *transcribed.notes, *silent))
         if labels is None:
             self.train.dataset.notes += tuple(self.notes)
 
@@ -142,21 +143,10 @@ class SpeechTask(Task):
         """Clips that can be learned from, `data.minutes` of them, ascending; and what is left out."""
         config = self.config
         model, minutes = config.model, config.data.minutes
-        long = dataset.lengths > model.length
-        strange = np.diff(references.ends) == 0
-        needed = np.array([frames_for(references.letters(i)) for i in range(len(dataset))])
-        crowded = needed > np.array([model.audio.frames(int(n)) for n in dataset.lengths])
-        reasons = {
-            f"longer than model.audio.seconds={model.audio.seconds:g}": long,
-            "with letters that the network has no output for": strange,
-            "with more letters than frames to tell them in": crowded,
-        }
-        notes = []
-        for reason, some in reasons.items():
-            if some.any():
-                names = few([dataset.name(int(i)) for i in np.flatnonzero(some)])
-                notes.append(f"left out {some.sum():,} clips {reason}: {names}")
-        usable = np.flatnonzero(~(long | strange | crowded))
+        long = {f"longer than model.audio.seconds={model.audio.seconds:g}": dataset.lengths > model.length}
+        reasons = long | self._without_loss(dataset, references)
+        notes = told_of(dataset, reasons, "left out")
+        usable = np.flatnonzero(~np.logical_or.reduce(list(reasons.values())))
         if not len(usable):
             raise DataError(f"data.path={config.data.path}: no clip can be learned from; {'; '.join(notes)}")
         if minutes is not None:
@@ -167,6 +157,15 @@ class SpeechTask(Task):
                 notes.append(f"data.minutes={minutes:g} is more than there are: {total:.1f}")
             usable = np.sort(usable[: max(1, until)])
         return usable, notes
+
+    def _without_loss(self, dataset: AudioDataset, references: References) -> dict[str, NDArray[np.bool_]]:
+        """Reason -> (n,) the clips that it keeps from having a finite loss."""
+        needed = np.array([frames_for(references.letters(i)) for i in range(len(dataset))])
+        frames = np.array([self.config.model.audio.frames(int(n)) for n in dataset.lengths])
+        return {
+            "with letters that the network has no output for": np.diff(references.ends) == 0,
+            "with more letters than frames to tell them in": needed > frames,
+        }
 
     def sampler(self, plan: BatchPlan, rank: int, first_batch: int) -> PackSampler:
         seed, pool = self.config.train.seed, self.config.data.audio.pool
@@ -218,29 +217,39 @@ class SpeechTask(Task):
         assert isinstance(examples, Spoken) and examples.genuine is not None
         return torch.where(examples.genuine, ctc_losses(outputs.float().log_softmax(-1), examples), 0).sum()
 
-    def hear(self, log_probs: Tensor) -> str:
-        """(T, C) on the host -> words."""
-        return greedy(log_probs.argmax(dim=-1).numpy(), self.labels)
+    def hear(self, log_probs: Tensor, frames: Sequence[int]) -> list[str]:
+        """(B, T, C), of which `frames` of each clip are looked at -> words."""
+        rows = zip(log_probs.argmax(dim=-1).cpu().numpy(), frames, strict=True)
+        return [greedy(row[:count], self.labels) for row, count in rows]
 
     def predict(self, outputs: Tensor, examples: Examples) -> list[Heard | None]:
         assert isinstance(examples, Spoken) and examples.genuine is not None
         log_probs = outputs.float().log_softmax(-1)
+        genuine = examples.genuine.tolist()
+        texts = self.hear(log_probs, [frames * own for frames, own in zip(examples.frames, genuine, strict=True)])
         losses = ctc_losses(log_probs, examples).tolist()
-        texts = [self.hear(row[:frames]) for row, frames in zip(log_probs.cpu(), examples.frames, strict=True)]
-        rows = zip(map(Heard, texts, losses, examples.letters), examples.genuine.tolist(), strict=True)
+        rows = zip(map(Heard, texts, losses, examples.letters), genuine, strict=True)
         return [heard if own else None for heard, own in rows]
 
     def judge(self, split: str, indices: list[int], predictions: list[Heard]) -> dict[str, float]:
-        """Error rates, and the loss per letter over the clips that have a finite one: whose letters all have outputs,
-        and frames enough."""
+        """Error rates, and the loss per letter, ends of words included, over the clips that have one."""
         texts = self.evaluated[split].references.texts
         rates = error_rates([texts[i] for i in indices], [heard.text for heard in predictions])
-        judged = [heard for heard in predictions if heard.letters and math.isfinite(heard.loss)]
+        judged = [heard for heard in predictions if heard.letters and heard.loss != math.inf]
         letters = sum(heard.letters for heard in judged)
         return rates | ({"loss": sum(heard.loss for heard in judged) / letters} if judged else {})
 
     def best(self, figures: dict[str, float]) -> float:
         return -figures["wer"]
+
+
+def told_of(dataset: AudioDataset, reasons: dict[str, NDArray[np.bool_]], what: str) -> list[str]:
+    """Notes for the user, one for each reason that some clips (n,) have."""
+    found = {reason: np.flatnonzero(some) for reason, some in reasons.items() if some.any()}
+    return [
+        f"{what} {len(some):,} clips {reason}: {few(some, told=lambda i: dataset.name(int(i)))}"
+        for reason, some in found.items()
+    ]
 
 
 def ctc_losses(log_probs: Tensor, examples: Spoken) -> Tensor:

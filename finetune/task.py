@@ -20,6 +20,8 @@ from pretrain.data.sources import DataError, Sample
 from pretrain.labelled.samples import balanced_order
 from pretrain.settings import ConfigError
 
+UNREAD = "unread"  # a figure: how many samples could not be read
+
 
 @dataclass(frozen=True)
 class Examples(Movable):
@@ -81,10 +83,10 @@ class Task(ABC):
 
     @property
     def resolved(self) -> Config:
-        """The config with what only the data say. Raises ConfigError if it says otherwise."""
+        """The config with what only the data say. Raises ConfigError if `head.outputs` says otherwise."""
         given, outputs = self.config.head.outputs, len(self.labels)
         if given not in (0, outputs):
-            raise ConfigError(f"head.outputs={given}, but the data have {outputs:,} ({few(self.labels)}): leave it out")
+            raise ConfigError(f"head.outputs={given}, but there are {outputs:,} ({few(self.labels)}): leave it out")
         return replace(self.config, head=replace(self.config.head, outputs=outputs))
 
     @property
@@ -125,12 +127,12 @@ class Task(ABC):
         read = [i for i, prediction in enumerate(predictions) if prediction is not None]
         if not read:
             raise DataError(f"none of the {split} samples can be read")
-        unread = {"unread": float(len(predictions) - len(read))} if len(read) < len(predictions) else {}
+        unread = {UNREAD: float(len(predictions) - len(read))} if len(read) < len(predictions) else {}
         return self.judge(split, read, [predictions[i] for i in read]) | unread
 
     @abstractmethod
     def judge(self, split: str, indices: list[int], predictions: list[Any]) -> dict[str, float]:
-        """Figures of predictions for some samples of a split."""
+        """Figures of some samples of a split: `predictions[k]` is of sample `indices[k]`, and none of them None."""
 
     @abstractmethod
     def best(self, figures: dict[str, float]) -> float:

@@ -157,7 +157,9 @@ def latest(folder: Path, pointer: str = LATEST) -> Path | None:
         newest = folder / (REPLACED + name)
     if not (newest / "state.json").is_file():
         there = ", ".join(path.name for path in sorted(folder.glob("step_*")))
-        told = f"these are: {there}; write one of them into it" if there else "nor is another"
+        told = (
+            f"these are: {there}; write one of them into it" if there else "there is no other: delete it to start anew"
+        )
         raise CheckpointError(f"{folder / pointer} names {newest.name}, which is not there; {told}")
     return newest
 

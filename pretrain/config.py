@@ -231,9 +231,9 @@ def check_settings(config: Settings, more: typing.Sequence[tuple[bool, str]]) ->
     optim, train, data, run = config.optim, config.train, config.data, config.run
     image, audio, watch = data.image, data.audio, config.watch
     rules = [
-        (0 < optim.lr < math.inf, f"optim.lr={optim.lr} must be positive"),
+        (0 < optim.lr < math.inf, f"optim.lr={optim.lr} must be positive and finite"),
         (all(0 <= b < 1 for b in optim.betas), f"optim.betas={optim.betas} must lie in [0, 1)"),
-        (0 < optim.eps < math.inf, f"optim.eps={optim.eps} must be positive"),
+        (0 < optim.eps < math.inf, f"optim.eps={optim.eps} must be positive and finite"),
         (0 <= optim.weight_decay < math.inf, f"optim.weight_decay={optim.weight_decay} must be 0 or more, and finite"),
         (optim.warmup_steps >= 0, f"optim.warmup_steps={optim.warmup_steps} must be 0 or more"),
         (0 <= data.max_failed_share <= 1, f"data.max_failed_share={data.max_failed_share} must lie in [0, 1]"),

@@ -123,7 +123,9 @@ def refuse_differences(found: Mapping[str, Tensor], expected: Mapping[str, tuple
     if told := [f"{what}: {few(names, TOLD)}" for what, names in lists.items() if names]:
         error = CheckpointError(f"{where or 'the weights'} do not fit the model; {'; '.join(told)}")
         if max(map(len, lists.values())) > TOLD:
-            error.__notes__ = [f"{what}: {name}" for what, names in lists.items() for name in names]
+            for what, names in lists.items():
+                for name in names:
+                    error.add_note(f"{what}: {name}")
         raise error
 
 

@@ -6,9 +6,11 @@ from __future__ import annotations
 import hashlib
 import os
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 
 def digest(*parts: bytes | bytearray | array | np.ndarray) -> str:
@@ -21,10 +23,10 @@ def digest(*parts: bytes | bytearray | array | np.ndarray) -> str:
     return found.hexdigest()[:16]
 
 
-def few(names: Sequence[object], most: int = 3) -> str:
-    """a, b; a, b, c and 12 more"""
+def few(names: Sequence[Any] | NDArray[Any], most: int = 3, told: Callable[[Any], str] = str) -> str:
+    """a, b; a, b, c and 12 more. `told` is asked for the names that are shown alone."""
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(map(str, names[:most])) + more
+    return ", ".join(map(told, names[:most])) + more
 
 
 class Names:

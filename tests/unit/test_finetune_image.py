@@ -149,6 +149,9 @@ def test_rates_fall_towards_the_input() -> None:
     assert rate["head.linear.weight"] == rate["head.norm.bias"] == 1
     scaled = parameter_groups(network, FineTuningOptimConfig(head_scale=20))
     assert {g["head"]: g["lr_scale"] for g in scaled} == {True: 20, False: 1}
+    for scale in ("0", ".inf", ".nan"):
+        with pytest.raises(ConfigError, match=r"optim\.head_scale=.* must be positive and finite"):
+            load(TINY, [f"optim.head_scale={scale}"])
     assert decay["head.linear.weight"] == 0.05 and decay["head.linear.bias"] == decay["head.norm.weight"] == 0
 
 
@@ -257,7 +260,7 @@ def test_a_number_of_outputs_that_the_data_have_not_is_refused(tmp_path: Path) -
     assert task(0).resolved.head.outputs == task(2).resolved.head.outputs == 2
     with pytest.raises(ConfigError) as told:
         _ = FineTuning(task(10), World(0, 1, torch.device("cpu"))).config
-    assert str(told.value) == "head.outputs=10, but the data have 2 (a, b): leave it out"
+    assert str(told.value) == "head.outputs=10, but there are 2 (a, b): leave it out"
 
 
 def test_an_evaluation_tells_what_it_could_not_read_on_any_rank(
@@ -293,7 +296,7 @@ def test_an_evaluation_tells_what_it_could_not_read_on_any_rank(
         thread.join()
     assert found[0].keys() == {"test/accuracy", "test/top2", "test/unread"} and found[0]["test/unread"] == 4
     (note,) = notes[0]
-    assert note.startswith("evaluation on test: could not decode 4: ") and note.endswith(" and 1 more")
+    assert note.startswith("test: could not decode 4: ") and note.endswith(" and 1 more")
     assert [str(path) in note for path in broken] == [True, True, True, False] and "not an image" in note
     assert not notes[1] and all(own[1] for own in parts.values())
 

@@ -1,6 +1,7 @@
 """The layers, read off the syntax tree: models < pretrain < finetune, convert < benchmarks < tests."""
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -46,6 +47,12 @@ def violations(source, name):
 @every_file
 def test_imports_go_down(name):
     assert list(violations((ROOT / name).read_text(), name)) == []
+
+
+def test_the_libraries_of_a_task_wait_for_it():
+    program = "import sys, finetune.__main__; print(*(n for n in ('jiwer', 'kornia', 'sklearn') if n in sys.modules))"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert found.returncode == 0 and found.stdout.split()[-1:] == [], found
 
 
 @every_file

@@ -141,8 +141,10 @@ def test_the_figure_that_is_compared_may_be_chosen() -> None:
     assert Comparison("minutes", ["10"], arms).cell("scratch", "10") == "100.0 ± 0.0"
     found = Comparison("minutes", ["10"], arms, "loss")
     assert found.cell("scratch", "10") == "2.550 ± 0.071" and str(found).startswith("test/loss, mean")  # .1 / sqrt(2)
-    with pytest.raises(ConfigError, match="--figure los: evaluations have wer, loss"):
-        str(Comparison("minutes", ["10"], arms, "los"))
+    arms["scratch"]["10"] = [{"test/wer": 1.0, "test/unread": 2.0}]
+    for figure in ("loss", "unread"):
+        with pytest.raises(ConfigError, match=f"--figure {figure}: what all evaluations have is wer$"):
+            str(Comparison("minutes", ["10"], arms, figure))
 
 
 def test_both_arms_have_the_same_labels_seeds_and_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
