@@ -463,7 +463,8 @@ def test_configs_of_speech_load() -> None:
     for name, language, case in (
         ("fillets_nl", "nl", "lower"),
         ("fillets_cs", "cs", "lower"),
+        ("amazon_queen", "", "lower"),
         ("speech_table", "", "lower"),
     ):
-        config = load(ROOT / f"configs/finetune/{name}.yaml")
+        config = load(ROOT / f"configs/finetune/{name}.yaml", ["train.init_from=''"])
         assert (config.task, config.speech.language, config.speech.case) == ("speech", language, case)
