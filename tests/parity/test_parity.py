@@ -1,4 +1,5 @@
-"""The authors' numbers, through the code that trains, at every ZeRO stage; and that a wrong number is noticed."""
+"""The authors' numbers, through the code that trains, at every ZeRO stage, on one to four ranks (the most costly pairs of
+both are left to `python -m tests.parity`); and that a wrong number is noticed."""
 
 from __future__ import annotations
 
@@ -13,22 +14,22 @@ from tests.launch import run
 GOLDEN = Path(__file__).parent / "golden"
 
 
-@pytest.mark.parametrize("zero", ["0 1 2 3 3_offload"])
+@pytest.mark.parametrize("zero", ["0 3 3_offload"])
 def test_golden_cases(zero: str) -> None:
     check(run("tests.parity", str(GOLDEN), "--zero", *zero.split()).stdout, zero, "", 240)
 
 
-@pytest.mark.parametrize(("zero", "ranks"), [("0 1 2 3 2_offload", 2), ("0 1 2 3", 4)])
+@pytest.mark.parametrize(("zero", "ranks"), [("0 1 2 3 2_offload", 2), ("1 3", 4)])
 def test_golden_cases_shared_by_ranks(zero: str, ranks: int) -> None:
     out = run("tests.parity", str(GOLDEN), "--brief", "--zero", *zero.split(), ranks=ranks).stdout
     check(out, zero, f" on {ranks} ranks", 200)
 
 
 def test_golden_cases_where_two_ranks_split_every_layer() -> None:
-    out = run("tests.parity", str(GOLDEN), "--brief", "--zero", "0", "1", "2", "3", "--tp", "2", ranks=4).stdout
-    check(out, "0 1 2 3", " on 4 ranks, 2 of them tensor-parallel", 200)
+    out = run("tests.parity", str(GOLDEN), "--brief", "--zero", "0", "3", "--tp", "2", ranks=4).stdout
+    check(out, "0 3", " on 4 ranks, 2 of them tensor-parallel", 200)
     curves = [float(line.split("error")[1].split()[0]) for line in out.splitlines() if " traj.loss " in line]
-    assert len(curves) == 40 and max(curves) < 1e-5
+    assert len(curves) == 20 and max(curves) < 1e-5
 
 
 def check(out: str, zero: str, shared: str, quantities: int) -> None:
