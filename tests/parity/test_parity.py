@@ -1,5 +1,5 @@
-"""The authors' numbers, through the code that trains, at every ZeRO stage, on one to four ranks (the most costly pairs of
-both are left to `python -m tests.parity`); and that a wrong number is noticed."""
+"""The authors' numbers, through the code that trains: every ZeRO stage, one to four ranks, tensor parallelism (what
+is left out, `python -m tests.parity` has); and that a wrong number is noticed."""
 
 from __future__ import annotations
 
