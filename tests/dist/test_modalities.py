@@ -34,12 +34,11 @@ def test_same_weights_however_ranks_share_the_batch(tmp_path: Path, data: dict[s
     assert_close(trained(tmp_path / "split", modality, path, 2, 1, *off, "train.tensor_parallel=2"), one)
 
 
-def test_layer_drop_trains_alike_at_every_stage(tmp_path: Path, data: dict[str, str]) -> None:
-    """Blocks that are left out have no gradient on any rank; what stages do about that must not differ."""
+def test_layer_drop_trains_alike_when_blocks_are_sharded(tmp_path: Path, data: dict[str, str]) -> None:
+    """Blocks that are left out have no gradient on any rank; what ZeRO 3 does about that must not differ."""
     only = [*without_dropout("audio")[:-1], "model.dropout.layer=0.5"]
     one = trained(tmp_path / "0", "audio", data["audio"], 2, 0, *only)
-    for stage in (2, 3):
-        assert_close(trained(tmp_path / str(stage), "audio", data["audio"], 2, stage, *only), one)
+    assert_close(trained(tmp_path / "3", "audio", data["audio"], 2, 3, *only), one)
 
 
 def test_layer_drop_is_the_same_on_all_ranks_and_dropout_is_not(tmp_path: Path, data: dict[str, str]) -> None:

@@ -19,17 +19,17 @@ def test_golden_cases(zero: str) -> None:
     check(run("tests.parity", str(GOLDEN), "--zero", *zero.split()).stdout, zero, "", 240)
 
 
-@pytest.mark.parametrize(("zero", "ranks"), [("0 1 2 3 2_offload", 2), ("1 3", 4)])
+@pytest.mark.parametrize(("zero", "ranks"), [("0 1 2 3 2_offload", 2), ("3", 4)])
 def test_golden_cases_shared_by_ranks(zero: str, ranks: int) -> None:
     out = run("tests.parity", str(GOLDEN), "--brief", "--zero", *zero.split(), ranks=ranks).stdout
     check(out, zero, f" on {ranks} ranks", 200)
 
 
 def test_golden_cases_where_two_ranks_split_every_layer() -> None:
-    out = run("tests.parity", str(GOLDEN), "--brief", "--zero", "0", "3", "--tp", "2", ranks=4).stdout
-    check(out, "0 3", " on 4 ranks, 2 of them tensor-parallel", 200)
+    out = run("tests.parity", str(GOLDEN), "--brief", "--zero", "3", "--tp", "2", ranks=4).stdout
+    check(out, "3", " on 4 ranks, 2 of them tensor-parallel", 200)
     curves = [float(line.split("error")[1].split()[0]) for line in out.splitlines() if " traj.loss " in line]
-    assert len(curves) == 20 and max(curves) < 1e-5
+    assert len(curves) == 10 and max(curves) < 1e-5
 
 
 def check(out: str, zero: str, shared: str, quantities: int) -> None:
