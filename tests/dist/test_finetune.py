@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 from pathlib import Path
 
@@ -47,9 +46,9 @@ def test_all_layouts_train_the_same_network(tmp_path: Path) -> None:
 def test_a_killed_run_continues_byte_for_byte(tmp_path: Path) -> None:
     common = (TINY_FINETUNE, *RECIPE, *LIMITED, "train.steps=24", "eval.every=4", "run.save_every=5", "run.keep_last=1")
     run("finetune", *common, f"run.dir={tmp_path / 'expected'}")
-    folder, draw = tmp_path / "run", random.Random(0)
+    folder = tmp_path / "run"
     process = start("finetune", *common, f"run.dir={folder}", "data.workers=1")
-    wait_for(lambda: progress(folder) > draw.randint(6, 9), process)
+    wait_for(lambda: progress(folder) > 7, process)  # between two checkpoints
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     run("finetune", *common, f"run.dir={folder}")
