@@ -25,7 +25,6 @@ from matplotlib.figure import Figure
 
 from finetune.config import Config, load
 from finetune.panels import BLUE, GREY, STYLE
-from finetune.task import UNREAD
 from finetune.trials import Figures, TrialFailed, run_trials
 from pretrain import full
 from pretrain.checkpoint import CheckpointError
@@ -52,7 +51,7 @@ class Comparison:
     def judged(self) -> str:
         """SPLIT/FIGURE, of the first split. Raises ConfigError if not all trainings have it."""
         every = [found for arm in self.figures.values() for trials in arm.values() for found in trials]
-        known = [name for name in every[0] if all(name in found for found in every) and not name.endswith(f"/{UNREAD}")]
+        known = [name for name in every[0] if all(name in found for found in every)]
         wanted = f"{known[0].partition('/')[0]}/{self.figure}" if self.figure else known[0]
         if wanted not in known:
             names = ", ".join(name.partition("/")[2] for name in known)

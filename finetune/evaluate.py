@@ -20,8 +20,8 @@ from pretrain.progress import Progress
 
 
 class Evaluations:
-    """What `pretrain.loop` asks for: figures of every split, named SPLIT/FIGURE, the same on all ranks. `note` is told
-    what cannot be read, on the main rank, in a line a split."""
+    """What `pretrain.loop` asks for: figures of every split, named SPLIT/FIGURE, and unread_SPLIT, how many of its
+    samples could not be read; the same on all ranks. `note` is told which, on the main rank, in a line a split."""
 
     def __init__(self, task: Task, engine: Any, world: World, steps: int, note: Callable[[str], None]) -> None:
         self.task, self.engine, self.world, self.steps, self.note = task, engine, world, steps, note
@@ -34,8 +34,11 @@ class Evaluations:
         self.engine.eval()
         found: dict[str, float] = {}
         for name, split in self.task.evaluated.items():
-            figures = self.task.score(name, self.predictions(name, split))
+            predicted = self.predictions(name, split)
+            figures = self.task.score(name, predicted)
             found |= {f"{name}/{figure}": value for figure, value in figures.items()}
+            if unread := sum(prediction is None for prediction in predicted):
+                found[f"unread_{name}"] = float(unread)
         self.engine.train()
         return found
 

@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 
 from finetune.config import GLUE, load
-from finetune.task import UNREAD
 from finetune.trials import Figures, TrialFailed, run_trials
 from pretrain.checkpoint import CheckpointError
 from pretrain.data.sources import DataError
@@ -97,9 +96,7 @@ def choose(task: str, trials: dict[str, Figures]) -> Choice:
     scored: dict[str, list[Figures]] = {}
     for name, figures in trials.items():
         own = {figure.removeprefix(BEST): value for figure, value in figures.items() if figure.startswith(BEST)}
-        scored.setdefault(rate_of(name), []).append(
-            {k: v for k, v in own.items() if "/" in k and not k.endswith(f"/{UNREAD}")}
-        )
+        scored.setdefault(rate_of(name), []).append({k: v for k, v in own.items() if "/" in k})
     medians = {lr: float(np.median([np.mean(list(f.values())) for f in found])) for lr, found in scored.items()}
     lr = max(medians, key=lambda rate: medians[rate])
     figures = {name: float(np.median([found[name] for found in scored[lr]])) for name in scored[lr][0]}

@@ -20,8 +20,6 @@ from pretrain.data.sources import DataError, Sample
 from pretrain.labelled.samples import balanced_order
 from pretrain.settings import ConfigError
 
-UNREAD = "unread"  # a figure: how many samples could not be read
-
 
 @dataclass(frozen=True)
 class Examples(Movable):
@@ -122,13 +120,12 @@ class Task(ABC):
         """What `judge` wants to know of each sample, on the host; None, if another stands in for it."""
 
     def score(self, split: str, predictions: list[Any]) -> dict[str, float]:
-        """Figures of predictions for all samples of a split, in their order; of those that could not be read only how
-        many they are. Raises DataError if there are no others."""
+        """Figures of predictions for all samples of a split, in their order, without those that could not be read.
+        Raises DataError if there are no others."""
         read = [i for i, prediction in enumerate(predictions) if prediction is not None]
         if not read:
             raise DataError(f"none of the {split} samples can be read")
-        unread = {UNREAD: float(len(predictions) - len(read))} if len(read) < len(predictions) else {}
-        return self.judge(split, read, [predictions[i] for i in read]) | unread
+        return self.judge(split, read, [predictions[i] for i in read])
 
     @abstractmethod
     def judge(self, split: str, indices: list[int], predictions: list[Any]) -> dict[str, float]:

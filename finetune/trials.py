@@ -45,16 +45,17 @@ def run_trials(
     lines = {name: [config, *overrides, f"run.dir={folder / name}"] for name, overrides in trials.items()}
     configs = {name: load(line[0], line[1:]) for name, line in lines.items()}
     found = {name: figures for name in trials if (figures := finished(folder / name, configs[name])) is not None}
-    for number, (name, line) in enumerate(lines.items(), 1):
-        if name not in found:
-            print(f"trial {number} of {len(trials)}: {name}", flush=True)
-            if status := _finetune(line):
-                raise TrialFailed(folder / name, status)
-            found[name] = read_figures(folder / name)
-            record = {"figures": found[name], "settings": dataclasses.asdict(configs[name])}
-            write_atomically(folder / name / DONE, json.dumps(record, indent=1) + "\n")
-            if after:
-                after({name: found[name] for name in trials if name in found})
+    with Stops() as stops:
+        for number, (name, line) in enumerate(lines.items(), 1):
+            if name not in found:
+                print(f"trial {number} of {len(trials)}: {name}", flush=True)
+                if status := stops.finetune(line):
+                    raise TrialFailed(folder / name, status)
+                found[name] = read_figures(folder / name)
+                record = {"figures": found[name], "settings": dataclasses.asdict(configs[name])}
+                write_atomically(folder / name / DONE, json.dumps(record, indent=1) + "\n")
+                if after:
+                    after({name: found[name] for name in trials if name in found})
     return {name: found[name] for name in trials}
 
 
@@ -81,20 +82,34 @@ def read_figures(run: Path) -> Figures:
     return {f"{which}/{name}": value for which, line in chosen.items() for name, value in line.items()}
 
 
-def _finetune(arguments: list[str]) -> int:
-    """The exit status of `python -m finetune`, which is handed the signals that ask to stop. One that such a signal
-    ends, because it is still starting, is continued as one that has saved."""
-    process = subprocess.Popen([sys.executable, "-m", "finetune", *arguments])
-    handed: set[int] = set()
+class Stops:
+    """Hands the signals that ask to stop to the trial that runs; from one on, none starts."""
 
-    def hand(number: int, _: FrameType | None) -> None:
-        handed.add(number)
-        process.send_signal(number)
+    def __init__(self) -> None:
+        self.received: set[int] = set()
+        self.running: subprocess.Popen[bytes] | None = None
 
-    previous = {number: signal.signal(number, hand) for number in STOP_SIGNALS}
-    try:
-        status = process.wait()
-        return EXIT_RESUME if -status in handed else status
-    finally:
-        for number, handler in previous.items():
+    def __enter__(self) -> Stops:
+        self._previous = {number: signal.signal(number, self._hand) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    def _hand(self, number: int, _: FrameType | None) -> None:
+        self.received.add(number)
+        if self.running:
+            self.running.send_signal(number)
+
+    def finetune(self, arguments: list[str]) -> int:
+        """The exit status of `python -m finetune`. One that a signal ends, because it is still starting, is continued
+        as one that has saved."""
+        if self.received:
+            return EXIT_RESUME
+        self.running = subprocess.Popen([sys.executable, "-m", "finetune", *arguments])
+        for number in tuple(self.received):  # before there was anyone to hand it to
+            self.running.send_signal(number)
+        status = self.running.wait()
+        self.running = None
+        return EXIT_RESUME if -status in self.received else status

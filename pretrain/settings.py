@@ -99,23 +99,24 @@ def merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def build(cls: type, tree: Any, prefix: str = "", source: str = "", root: Any = None) -> Any:
+def build(cls: type, tree: Any, prefix: str = "", source: str = "", known: Sequence[str] = ()) -> Any:
     """The dataclass `cls` of a tree; its keys are told with `prefix`, and as of `source`.
 
-    Raises ConfigError for an unknown key, naming the nearest of `root`'s, and for a value of the wrong type.
+    Raises ConfigError for an unknown key, naming the nearest of those `known`, by default `cls`'s, and for a value of
+    the wrong type.
     """
-    root = cls() if root is None else root
+    known = known or [prefix + key for key in flat(cls())]
     if not isinstance(tree, dict):
         raise _error(source, f"{prefix.rstrip('.')} is a section with keys, not {tree!r}")
     hints = get_type_hints(cls)
     for key in tree:
         if key not in hints:
-            everywhere = [*flat(root), *hints]
+            everywhere = [*known, *(prefix + name for name in hints)]
             near = difflib.get_close_matches(prefix + str(key), everywhere, 1, 0.5)
             near = near or [k for k in everywhere if k.rsplit(".", 1)[-1] == key][:1]
             hint = f"; did you mean {near[0]}?" if near else f"; know {', '.join(hints)}"
             raise _error(source, f"unknown key {prefix}{key}{hint}")
-    values = {key: _convert(hints[key], value, prefix + key, source, root) for key, value in tree.items()}
+    values = {key: _convert(hints[key], value, prefix + key, source, known) for key, value in tree.items()}
     return cls(**values)
 
 
@@ -123,23 +124,23 @@ def _error(source: str, text: str) -> ConfigError:
     return ConfigError(f"{source}: {text}" if source else text)
 
 
-def _convert(kind: Any, value: Any, key: str, source: str, root: Any) -> Any:
+def _convert(kind: Any, value: Any, key: str, source: str, known: Sequence[str]) -> Any:
     """`value` as the annotated type; YAML reads 1e-3 as text, so numbers are parsed from it too."""
 
     def bad(expected: str) -> ConfigError:
         return _error(source, f"{key}={value!r} should be {expected}")
 
     if dataclasses.is_dataclass(kind):
-        return build(typing.cast(type, kind), value, key + ".", source, root)
+        return build(typing.cast(type, kind), value, key + ".", source, known)
     if get_origin(kind) in (types.UnionType, typing.Union):
         if value is None:
             return None
-        return _convert(next(a for a in get_args(kind) if a is not type(None)), value, key, source, root)
+        return _convert(next(a for a in get_args(kind) if a is not type(None)), value, key, source, known)
     if get_origin(kind) is tuple:
         item, *rest = get_args(kind)
         if not isinstance(value, list | tuple) or (rest != [...] and len(value) != 1 + len(rest)):
             raise bad("a list" if rest == [...] else f"a list of {1 + len(rest)} values")
-        return tuple(_convert(item, v, f"{key}[{i}]", source, root) for i, v in enumerate(value))
+        return tuple(_convert(item, v, f"{key}[{i}]", source, known) for i, v in enumerate(value))
     if kind is bool:
         if not isinstance(value, bool):
             raise bad("true or false")

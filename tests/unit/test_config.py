@@ -12,7 +12,7 @@ from models.config import ModelConfig
 from pretrain.__main__ import main
 from pretrain.config import Config, DataConfig, ImageDataConfig, OptimConfig, TrainConfig, batch_plan, load
 from pretrain.engine import OWNED_BY_YAML, engine_config, read_mechanics
-from pretrain.settings import ConfigError, flat, to_yaml
+from pretrain.settings import ConfigError, build, flat, to_yaml
 
 ROOT = Path(__file__).parents[2]
 DEMO = "configs/pretrain/image_demo.yaml"
@@ -107,6 +107,15 @@ def test_values_get_their_type(config, override, key, expected):
 )
 def test_a_mistake_is_named(config, override, said):
     assert said in message(config, "", override)
+
+
+@pytest.mark.parametrize(
+    ("tree", "key", "meant"),
+    [({"widht": 3}, "widht", "width"), ({"decoder": {"widht": 3}}, "decoder.widht", "decoder.width")],
+)
+def test_a_mistake_in_a_section_alone_is_named_as_in_the_whole(tree, key, meant):
+    said = message(build, ModelConfig, tree, "model.", "x.safetensors")
+    assert said == f"x.safetensors: unknown key model.{key}; did you mean model.{meant}?"
 
 
 @pytest.mark.parametrize(

@@ -277,7 +277,7 @@ def test_batches_of_clips(tmp_path: Path) -> None:
     batch = found.collate(references, [dataset[0, 0]])
     assert batch.hidden is None and batch.channels is None
     right = [Heard(text, 1.0, 2) for text in references.texts[1:]]
-    assert found.score("test", [None, *right]) == {"wer": 0.0, "cer": 0.0, "loss": 0.5, "unread": 1.0}
+    assert found.score("test", [None, *right]) == {"wer": 0.0, "cer": 0.0, "loss": 0.5}
     assert found.score("test", [Heard("", 1.0, 2), *right])["wer"] > 0
     weighed = [Heard("", 1.0, 2), Heard("", 6.0, 3), Heard("", math.inf, 5)]
     assert found.judge("test", [0, 1, 2], weighed)["loss"] == pytest.approx(7 / 5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -13,6 +14,7 @@ from finetune import compare, trials
 from finetune.compare import ARMS, Comparison
 from finetune.config import load
 from pretrain.checkpoint import CheckpointError
+from pretrain.runtime import EXIT_RESUME
 from pretrain.settings import ConfigError, to_tree
 from tests.launch import ROOT
 
@@ -44,7 +46,7 @@ class Program:
 @pytest.fixture
 def program(monkeypatch: pytest.MonkeyPatch) -> Program:
     program = Program()
-    monkeypatch.setattr(trials, "_finetune", program)
+    monkeypatch.setattr(trials.Stops, "finetune", lambda _, arguments: program(arguments))
     return program
 
 
@@ -101,8 +103,38 @@ def test_a_trial_that_a_stop_ends_while_it_starts_is_continued(
 
     before = [signal.getsignal(number) for number in trials.STOP_SIGNALS]
     monkeypatch.setattr(trials.subprocess, "Popen", Process)
-    assert trials._finetune(["a.yaml"]) == (-number if status is None else status)
+    with trials.Stops() as stops:
+        assert stops.finetune(["a.yaml"]) == (-number if status is None else status)
     assert Process.handed == [number] * asked and [signal.getsignal(n) for n in trials.STOP_SIGNALS] == before
+
+
+@pytest.mark.parametrize("number", trials.STOP_SIGNALS)
+def test_a_stop_between_two_trials_starts_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: signal.Signals
+) -> None:
+    program = Program()
+
+    def popen(line: list[str]) -> SimpleNamespace:
+        return SimpleNamespace(wait=lambda: program(line[3:]))
+
+    monkeypatch.setattr(trials.subprocess, "Popen", popen)
+    with pytest.raises(trials.TrialFailed, match="b ended with status 75"):
+        trials.run_trials(TINY, TWO, tmp_path, lambda _: signal.raise_signal(number))
+    assert [run[1] for run in program.runs] == ["optim.lr=0.2"]
+    assert set(trials.run_trials(TINY, TWO, tmp_path)) == {"a", "b"}
+
+
+def test_a_stop_while_a_trial_is_being_made_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    handed: list[int] = []
+
+    def popen(line: list[str]) -> SimpleNamespace:
+        signal.raise_signal(signal.SIGUSR1)
+        return SimpleNamespace(send_signal=handed.append, wait=lambda: EXIT_RESUME)
+
+    monkeypatch.setattr(trials.subprocess, "Popen", popen)
+    with trials.Stops() as stops:
+        assert stops.finetune(["a.yaml"]) == EXIT_RESUME
+    assert handed == [signal.SIGUSR1]
 
 
 def test_another_trial_in_the_folder_is_refused_before_any_starts(program: Program, tmp_path: Path) -> None:
@@ -141,10 +173,9 @@ def test_the_figure_that_is_compared_may_be_chosen() -> None:
     assert Comparison("minutes", ["10"], arms).cell("scratch", "10") == "100.0 ± 0.0"
     found = Comparison("minutes", ["10"], arms, "loss")
     assert found.cell("scratch", "10") == "2.550 ± 0.071" and str(found).startswith("test/loss, mean")  # .1 / sqrt(2)
-    arms["scratch"]["10"] = [{"test/wer": 1.0, "test/unread": 2.0}]
-    for figure in ("loss", "unread"):
-        with pytest.raises(ConfigError, match=f"--figure {figure}: what all evaluations have is wer$"):
-            str(Comparison("minutes", ["10"], arms, figure))
+    arms["scratch"]["10"] = [{"test/wer": 1.0}]
+    with pytest.raises(ConfigError, match=r"--figure loss: what all evaluations have is wer$"):
+        str(Comparison("minutes", ["10"], arms, "loss"))
 
 
 def test_both_arms_have_the_same_labels_seeds_and_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
