@@ -89,15 +89,14 @@ class FineTuned(nn.Module):
         is made of a sample does not depend on how far it is padded.
 
         `frozen`: only the head learns; `frozen_local`: a waveform's convolutions do not. `seed` chooses the blocks that
-        layer drop leaves out; give the same to all ranks. Local features are noise where `hidden` (B, T), as in the
-        decoder, and zero in `channels` (B, D).
+        layer drop leaves out; give the same to all ranks. Local features are zero where `hidden` (B, T), as what is
+        hidden is to the positions in pre-training, and in `channels` (B, D).
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             local = partial(self.student.local, frozen=True) if frozen_local else self.student.local
             features = local(inputs, lengths)
             if hidden is not None:
-                noise = torch.randn_like(features) * self.config.mask.noise_std
-                features = torch.where(hidden[..., None], noise, features)
+                features = features.masked_fill(hidden[..., None], 0)
             if channels is not None:
                 features = features.masked_fill(channels[:, None], 0)
             if lengths is not None:
