@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from finetune.config import GLUE, load
-from finetune.trials import Figures, TrialFailed, run_trials
+from finetune.trials import Figures, Stops, TrialFailed, run_trials
 from pretrain.checkpoint import CheckpointError
 from pretrain.data.sources import DataError
 from pretrain.files import write_atomically
@@ -63,16 +63,17 @@ def sweep(
     trials = {name: [*overrides, f"optim.lr={lr}", f"train.seed={seed}"] for name, (lr, seed) in settings.items()}
     out.mkdir(parents=True, exist_ok=True)
     chosen: list[Choice] = []
-    for config, folder in zip(configs, folders, strict=True):
+    with Stops() as stops:
+        for config, folder in zip(configs, folders, strict=True):
 
-        def tell(found: dict[str, Figures], config: str = config) -> None:
-            write(out, [*chosen, choose(tasks[config], found)])
+            def tell(found: dict[str, Figures], config: str = config) -> None:
+                write(out, [*chosen, choose(tasks[config], found)])
 
-        found = run_trials(config, trials, out / folder, tell)
-        chosen.append(choose(tasks[config], found))
-        for name in trials if tidy else ():
-            if rate_of(name) != chosen[-1].lr:
-                shutil.rmtree(out / folder / name / "checkpoints", ignore_errors=True)
+            found = run_trials(config, trials, out / folder, tell, stops)
+            chosen.append(choose(tasks[config], found))
+            for name in trials if tidy else ():
+                if rate_of(name) != chosen[-1].lr:
+                    shutil.rmtree(out / folder / name / "checkpoints", ignore_errors=True)
     write(out, chosen)
     return chosen
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,8 +27,8 @@ DONE = "trial.json"  # in the folder of a trial that has come to its end
 class TrialFailed(RuntimeError):
     """A trial ended before its end; `status` is its exit status. The same command continues it."""
 
-    def __init__(self, folder: Path, status: int) -> None:
-        super().__init__(f"the trial in {folder} ended with status {status}")
+    def __init__(self, folder: Path, status: int, why: str = "") -> None:
+        super().__init__(f"the trial in {folder} {why or f'ended with status {status}'}")
         self.status = status
 
 
@@ -36,20 +37,23 @@ def run_trials(
     trials: dict[str, list[str]],
     folder: Path,
     after: Callable[[dict[str, Figures]], None] | None = None,
+    stops: Stops | None = None,
 ) -> dict[str, Figures]:
     """Runs `python -m finetune config OVERRIDES` for each name -> overrides, in `folder`/name, and returns what their
     evaluations found, by name. Finished ones are not run again; `after` is told of those so far, behind each new one.
+    `stops`: the caller's, open, where these are not all that it runs.
 
     Raises ConfigError or CheckpointError, in one line, before the first starts, and TrialFailed.
     """
     lines = {name: [config, *overrides, f"run.dir={folder / name}"] for name, overrides in trials.items()}
     configs = {name: load(line[0], line[1:]) for name, line in lines.items()}
     found = {name: figures for name in trials if (figures := finished(folder / name, configs[name])) is not None}
-    with Stops() as stops:
+    with nullcontext(stops) if stops else Stops() as asked:
         for number, (name, line) in enumerate(lines.items(), 1):
             if name not in found:
+                asked.refuse(folder / name)
                 print(f"trial {number} of {len(trials)}: {name}", flush=True)
-                if status := stops.finetune(line):
+                if status := asked.finetune(line):
                     raise TrialFailed(folder / name, status)
                 found[name] = read_figures(folder / name)
                 record = {"figures": found[name], "settings": dataclasses.asdict(configs[name])}
@@ -102,11 +106,14 @@ class Stops:
         if self.running:
             self.running.send_signal(number)
 
+    def refuse(self, folder: Path) -> None:
+        """Raises TrialFailed, before the trial in `folder` is to start, if there was one."""
+        if self.received:
+            raise TrialFailed(folder, EXIT_RESUME, "was not started, for a signal has asked to stop")
+
     def finetune(self, arguments: list[str]) -> int:
         """The exit status of `python -m finetune`. One that a signal ends, because it is still starting, is continued
         as one that has saved."""
-        if self.received:
-            return EXIT_RESUME
         self.running = subprocess.Popen([sys.executable, "-m", "finetune", *arguments])
         for number in tuple(self.received):  # before there was anyone to hand it to
             self.running.send_signal(number)

@@ -118,10 +118,21 @@ def test_a_stop_between_two_trials_starts_none(
         return SimpleNamespace(wait=lambda: program(line[3:]))
 
     monkeypatch.setattr(trials.subprocess, "Popen", popen)
-    with pytest.raises(trials.TrialFailed, match="b ended with status 75"):
+    with pytest.raises(trials.TrialFailed, match="b was not started") as stopped:
         trials.run_trials(TINY, TWO, tmp_path, lambda _: signal.raise_signal(number))
-    assert [run[1] for run in program.runs] == ["optim.lr=0.2"]
+    assert stopped.value.status == EXIT_RESUME and [run[1] for run in program.runs] == ["optim.lr=0.2"]
     assert set(trials.run_trials(TINY, TWO, tmp_path)) == {"a", "b"}
+
+
+def test_a_stop_behind_the_last_trial_is_heard_by_the_next_trials(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    program = Program()
+    monkeypatch.setattr(trials.Stops, "finetune", lambda _, arguments: program(arguments))
+    with trials.Stops() as stops:
+        trials.run_trials(TINY, {"a": TWO["a"]}, tmp_path, lambda _: signal.raise_signal(signal.SIGTERM), stops)
+        with pytest.raises(trials.TrialFailed, match="b was not started"):
+            trials.run_trials(TINY, {"b": TWO["b"]}, tmp_path, stops=stops)
 
 
 def test_a_stop_while_a_trial_is_being_made_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:
