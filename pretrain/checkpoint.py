@@ -50,6 +50,7 @@ FREE = (
     "train.deepspeed",
     "train.tensor_parallel",
     "train.init_from",
+    "train.kernels.",
 )
 DAMAGED = (OSError, RuntimeError, KeyError, ValueError, EOFError, AssertionError, SafetensorError)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from models.config import RATE, ModelConfig, problems
+from models.fused.kernels import Kernels
 from models.split import split_problem
 from pretrain.settings import ConfigError, build, read_tree
 
@@ -79,7 +80,8 @@ class TrainConfig:
     share); accumulation follows. Both count images, or blocks of text; for speech they bound the waveform samples of
     all clips together, and `micro_batch`, which decides which clips meet, has to be given. `precision`: fp32, bf16 or
     fp16. `deepspeed`: a JSON of mechanics. `tensor_parallel` ranks, neighbours, split every layer and see the same
-    batches. `init_from`: a run, a checkpoint or a full form, whose weights a run without a checkpoint starts from."""
+    batches. `init_from`: a run, a checkpoint or a full form, whose weights a run without a checkpoint starts from.
+    `kernels`: which implementation each fused layer takes."""
 
     steps: int = 375_300
     batch_size: int = 256
@@ -90,6 +92,7 @@ class TrainConfig:
     tensor_parallel: int = 1
     threads: int | None = None
     init_from: str = ""
+    kernels: Kernels = field(default_factory=Kernels)
 
 
 @dataclass(frozen=True)

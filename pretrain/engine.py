@@ -11,6 +11,7 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
+from models.fused import kernels
 from pretrain.config import BatchPlan, Settings
 from pretrain.optim import build_optimizer
 from pretrain.parallel import ParallelState, World
@@ -123,7 +124,10 @@ def build_engine(
     model: nn.Module, groups: list[dict[str, Any]], config: Settings, plan: BatchPlan, world: World
 ) -> deepspeed.DeepSpeedEngine:
     """Puts a model, or this rank's slices of its blocks, on its device under an engine that optimises the parameter
-    `groups`."""
+    `groups`. Raises ConfigError if the device cannot run the kernels that are asked for."""
+    if found := kernels.problems(config.train.kernels, world.device):
+        raise ConfigError("; ".join(f"train.{sentence}" for sentence in found))
+    kernels.use(config.train.kernels)
     if world.tensor_group is not None:
         from models.tp_layers import split_blocks  # megatron-core takes seconds to import, and only this needs it
 

@@ -1,0 +1,67 @@
+"""Which implementation each fused layer takes: kernels in Triton, or torch's operators, which are their plain twins.
+
+The choice changes speed and memory, and results by no more than rounding. It is one for the whole process, as that of
+torch's own backends is, and nothing that a model or a checkpoint knows of.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+AVAILABLE = importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the CPU, one program after the other
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Of each fused layer `triton`, `torch`, or `auto`: triton on a GPU where it is installed, else torch.
+
+    `attention`: with linear biases, padding or dropout. `norm`: dropout, residual and LayerNorm of a block.
+    `convolution`: LayerNorm over channels, GELU and residual behind a convolution. `targets`: the teacher's outputs
+    normalised and averaged. `loss`: squared error or smooth-L1 with the moments of prediction and target. `rows`: kept
+    positions taken and put back, with noise between them. `teacher`: the average's update and its cast.
+    """
+
+    attention: str = "auto"
+    norm: str = "auto"
+    convolution: str = "auto"
+    targets: str = "auto"
+    loss: str = "auto"
+    rows: str = "auto"
+    teacher: str = "auto"
+
+
+CHOICES = ("auto", "triton", "torch")
+_used = Kernels()
+
+
+def problems(kernels: Kernels, device: torch.device) -> list[str]:
+    """Why these kernels cannot run on `device`, one sentence each; empty if they can."""
+    found = []
+    for field in fields(kernels):
+        choice = getattr(kernels, field.name)
+        if choice not in CHOICES:
+            found.append(f"kernels.{field.name}={choice!r}: know {', '.join(CHOICES)}")
+        elif choice == "triton" and not AVAILABLE:
+            found.append(f"kernels.{field.name}=triton, which is not installed; take auto")
+        elif choice == "triton" and device.type != "cuda" and not INTERPRETED:
+            found.append(f"kernels.{field.name}=triton runs on GPUs; on the CPU set TRITON_INTERPRET=1, or take auto")
+    return found
+
+
+def use(kernels: Kernels) -> None:
+    """Has all fused layers of this process take these from now on."""
+    global _used
+    _used = kernels
+
+
+def triton(part: str, x: Tensor) -> bool:
+    """Whether `part`, a field of `Kernels`, is computed by a kernel of ours for tensors like x."""
+    choice = getattr(_used, part)
+    return choice == "triton" or (choice == "auto" and AVAILABLE and x.is_cuda and x.dtype in DTYPES)
