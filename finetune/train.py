@@ -97,7 +97,7 @@ class Trainer:
         """The step's figures over the global batch. Collective; this is where the host waits for the device."""
         metrics = {
             "loss": float(self.world.sum(sums.loss)),
-            "grad_norm": result.grad_norm,
+            "grad_norm": float(result.grad_norm),
             "lr": learning_rate(self.state.step - 1, self.config.optim, self.config.train.steps),
         }
         if self.config.train.precision == "fp16":

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import deepspeed
 import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from torch import Tensor, nn
 
 from models.fused import kernels
 from pretrain.config import BatchPlan, Settings
-from pretrain.optim import build_optimizer
+from pretrain.optim import ClippingAdamW, build_optimizer
 from pretrain.parallel import ParallelState, World
 from pretrain.settings import ConfigError
 
@@ -40,9 +43,12 @@ KEYS = (
 )
 
 
+ZERO_SUPPORTED_OPTIMIZERS.append(ClippingAdamW)  # as the AdamW that it is; of others it warns
+
+
 class StepResult(NamedTuple):
-    applied: bool  # False: the gradient was not finite and nothing moved
-    grad_norm: float  # global, before clipping
+    applied: bool  # False: the gradient was not finite and nothing moved, as far as the host knows without waiting
+    grad_norm: Tensor  # (), global, before clipping
 
 
 def read_mechanics(path: str) -> dict[str, Any]:
@@ -86,17 +92,17 @@ def engine_config(config: Settings, plan: BatchPlan) -> dict[str, Any]:
     """The complete DeepSpeed config: the mechanics of the JSON and the numbers of the YAML."""
     mechanics = read_mechanics(config.train.deepspeed)
     stage = mechanics.get("zero_optimization", {}).get("stage", 0)
-    precision = config.train.precision
+    precision, offload = config.train.precision, "offload_optimizer" in mechanics.get("zero_optimization", {})
     ours: dict[str, Any] = {
         "train_batch_size": config.train.batch_size,
         "train_micro_batch_size_per_gpu": plan.micro_batch,
         "gradient_accumulation_steps": plan.accumulation,
-        "gradient_clipping": config.optim.clip_norm,
-        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": config.optim.clip_norm if deepspeed_clips(precision == "fp16", stage, offload) else 0.0,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a micro-step
     }
-    if "offload_optimizer" in mechanics.get("zero_optimization", {}) and config.model.dropout.layer:
+    if offload and config.model.dropout.layer:
         # DeepSpeed moves gradients to the host where they arise: of a block that is left out the old one stays there.
         raise ConfigError(
             f"{config.train.deepspeed} offloads the optimizer, which model.dropout.layer={config.model.dropout.layer} "
@@ -114,7 +120,7 @@ def engine_config(config: Settings, plan: BatchPlan) -> dict[str, Any]:
         # weights under autocast are what one means by bf16 there.
         ours["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     elif precision == "bf16":
-        ours["bf16"] = {"enabled": True}
+        ours["bf16"] = {"enabled": True, "check_grad_overflow": stage == 3 or offload}
     elif precision == "fp16":
         ours["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16, "hysteresis": 1}
     return mechanics | ours
@@ -141,40 +147,91 @@ def build_engine(
     )
     if engine.fp16_enabled() and not engine.zero_optimization():
         engine.basic_optimizer.state.clear()  # this wrapper has allocated it by a step, which would count as t = 1
+    if engine.zero_optimization() and not leaves_clipping(engine):
+        # Asked for between the gradients' reduction and the step. DeepSpeed's own makes doubles of all gradients, and
+        # waits for the device once a group.
+        engine.optimizer.scaled_global_norm = lambda norm_type=2: expect_norm(engine)
     return engine
 
 
-def optimizer_step(engine: deepspeed.DeepSpeedEngine) -> StepResult:
-    """Clips and steps after the last backward of a step. A non-finite gradient moves nothing.
+def deepspeed_clips(fp16: bool, stage: int, offload: bool) -> bool:
+    """Whether DeepSpeed's optimizer clips and looks for what is not finite; else the kernel of `ClippingAdamW` does."""
+    return fp16 or stage == 3 or offload
 
-    ZeRO and fp16 optimizers look at the gradient's norm themselves and skip; without either, this does.
+
+def leaves_clipping(engine: deepspeed.DeepSpeedEngine) -> bool:
+    return deepspeed_clips(engine.fp16_enabled(), engine.zero_optimization_stage(), engine.zero_cpu_offload())
+
+
+def optimizer_step(engine: deepspeed.DeepSpeedEngine) -> StepResult:
+    """Clips and steps after the last backward of a step. A non-finite gradient moves no weights.
+
+    The host waits for a GPU in fp16, whose scale it has to know, at stage 3, with offload, and, in fp32, at stages 1
+    and 2; nowhere else.
     """
-    if engine.zero_optimization() or engine.fp16_enabled():
+    if leaves_clipping(engine):
         engine.step()
         if engine.zero_optimization_stage() == 3:
             # It keeps the gradient of a block that layer drop leaves out of the next step, and would apply it again.
             engine.optimizer.grad_partitions_flat_buffer.zero_()
         norm = engine.get_global_grad_norm()
-        return StepResult(engine.was_step_applied(), math.inf if norm is None else float(norm))
-    norm = gradient_norm(engine)
-    if not math.isfinite(norm):
+        return StepResult(engine.was_step_applied(), torch.as_tensor(math.inf if norm is None else norm))
+    if engine.zero_optimization():
+        engine.step()
+        norm = torch.as_tensor(engine.get_global_grad_norm())
+        return StepResult(engine.was_step_applied() and not known_infinite(norm), norm)
+    norm = expect_norm(engine)
+    if known_infinite(norm):
         engine.zero_grad()
         return StepResult(False, norm)
     engine.step()
     return StepResult(True, norm)
 
 
-def gradient_norm(engine: deepspeed.DeepSpeedEngine) -> float:
-    """Of the gradients that this rank holds whole and, over the ranks that share layers, of those it has slices of."""
+def known_infinite(norm: Tensor) -> bool:
+    """Whether it is not finite, on the host; a GPU is not waited for."""
+    return norm.device.type == "cpu" and not norm.isfinite()
+
+
+def expect_norm(engine: deepspeed.DeepSpeedEngine) -> Tensor:
+    """Tells the optimizer the global norm of the gradients, and returns it: ()."""
+    norm = gradient_norm(engine)
+    engine.basic_optimizer.expect(norm)
+    return norm
+
+
+def gradient_norm(engine: deepspeed.DeepSpeedEngine) -> Tensor:
+    """Of the gradients that this rank has, whole or its partition, and, over the ranks that share layers, of those it
+    has slices of: () fp32."""
     whole: list[Tensor] = []
     slices: list[Tensor] = []
-    for parameter in engine.module.parameters():
-        if parameter.grad is not None:
-            (slices if getattr(parameter, "tensor_model_parallel", False) else whole).append(parameter.grad)
-    norm = torch.nn.utils.get_total_norm(whole)
+    for parameter, gradient in gradients(engine):
+        (slices if getattr(parameter, "tensor_model_parallel", False) else whole).append(gradient)
+    squares = torch.stack([squared_norm(whole, engine.device), squared_norm(slices, engine.device)])
+    if engine.zero_optimization():
+        dist.all_reduce(squares, group=engine.optimizer.dp_process_group)
+    of_whole, of_slices = squares
     if engine.mpu is not None:
-        norm = engine.mpu.world.sum_slices(torch.nn.utils.get_total_norm(slices).square()).add(norm.square()).sqrt()
-    return float(norm)
+        of_slices = engine.mpu.world.sum_slices(of_slices.clone())
+    return (of_whole + of_slices).sqrt()
+
+
+def gradients(engine: deepspeed.DeepSpeedEngine) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """(parameter, gradient), reduced and ready for the step; at stages 1 and 2 what of them this rank steps with."""
+    if not engine.zero_optimization():
+        yield from ((p, p.grad) for p in engine.module.parameters() if p.grad is not None)
+        return
+    zero = engine.optimizer
+    for index, partition in zero.averaged_gradients.items():
+        real = [g for g in partition if not getattr(g, "_zero_padding", False)]
+        yield from zip(zero.params_in_partition[index], real, strict=False)  # a rank may have padding alone
+
+
+def squared_norm(tensors: list[Tensor], device: torch.device) -> Tensor:
+    """() fp32, also of none."""
+    if not tensors:
+        return torch.zeros((), device=device)
+    return torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32)).square().sum()
 
 
 def loss_scale(engine: deepspeed.DeepSpeedEngine) -> float:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 import torch
+from torch import Tensor
 
 from pretrain import checkpoint, full
 from pretrain.checkpoint import RunState
@@ -133,6 +135,7 @@ def run(job: Job) -> int:
     watchdog = Watchdog(config.watch, folder, peers, recorder.say)
     stop = StopRequest(world)
     batches = job.batches(dataset, trainer)
+    norms = Norms()
     saved = state.step
 
     def save(best: bool) -> None:
@@ -151,15 +154,14 @@ def run(job: Job) -> int:
             sums, result = trainer.step([next(batches) for _ in range(trainer.plan.accumulation)])
             for failure in sums.failures:
                 recorder.note(f"could not decode {failure}")
-            if not result.applied and (config.train.precision != "fp16" or loss_scale(trainer.engine) <= 1):
-                raise Diverged(
-                    f"step {state.step + 1}: the gradient is not finite ({result.grad_norm}); nothing was updated."
-                )
+            if config.train.precision != "fp16" or loss_scale(trainer.engine) <= 1:
+                norms.add(state.step + (not result.applied), result.grad_norm)
             stopping = stop.agreed()
             leaving = stopping and state.step < steps  # at once: what is due is evaluated when the run continues
             evaluating = bool(evaluation and result.applied and not leaving and evaluation.due(state.step))
             logging = state.step % config.run.log_every == 0 or state.step == steps
             saving = state.step > saved and (stopping or state.step % config.run.save_every == 0 or state.step == steps)
+            norms.check(wait=logging or saving or evaluating or leaving)
             if result.applied and (logging or saving or evaluating):
                 metrics = trainer.measure(sums, result)
                 read, failures = world.sum(torch.tensor([state.read, state.failures], device=world.device)).tolist()
@@ -192,6 +194,32 @@ def run(job: Job) -> int:
         batches.close()
         stop.close()
         recorder.close()
+
+
+class Norms:
+    """Gradient norms on their way from the device, for which nobody waits until something is to be saved or told."""
+
+    def __init__(self) -> None:
+        self._coming: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
+
+    def add(self, step: int, norm: Tensor) -> None:
+        arrived = None
+        if norm.is_cuda:
+            norm, arrived = norm.to("cpu", non_blocking=True), torch.cuda.Event()
+            arrived.record()
+        self._coming.append((step, norm, arrived))
+
+    def check(self, wait: bool) -> None:
+        """Raises Diverged if one that has come is not finite; with `wait`, all come."""
+        while self._coming:
+            step, norm, arrived = self._coming[0]
+            if arrived is not None and wait:
+                arrived.synchronize()
+            if arrived is not None and not arrived.query():
+                return
+            if not norm.isfinite():
+                raise Diverged(f"step {step}: the gradient is not finite ({float(norm)}); it was not applied.")
+            self._coming.popleft()
 
 
 def evaluate(evaluation: Evaluation, state: RunState, recorder: Recorder) -> bool:

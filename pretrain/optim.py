@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from models.data2vec import Data2Vec
 from pretrain.config import EmaConfig, OptimConfig
@@ -29,9 +30,26 @@ def parameter_groups(model: Data2Vec, config: OptimConfig) -> list[dict[str, Any
     ]
 
 
-def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW, fused. Its rate is 0 until `set_hyperparameters`: some engines step once at start to allocate state."""
-    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
+class ClippingAdamW(torch.optim.AdamW):
+    """AdamW whose fused kernel clips what it reads to the norm `most` (0: not), and moves nothing if the norm is not
+    finite: the host is not asked, and gradients are not passed over once more."""
+
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+    def __init__(self, groups: list[dict[str, Any]], most: float, **settings: Any) -> None:
+        super().__init__(groups, fused=True, **settings)
+        self.most = most
+
+    def expect(self, norm: Tensor) -> None:
+        """The gradients of the next step have the global `norm` ()."""
+        self.found_inf = (~norm.isfinite()).float()
+        self.grad_scale = ((norm.float() + 1e-6) / self.most).clamp(min=1) if self.most else None
+
+
+def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> ClippingAdamW:
+    """Its rate is 0 until `set_hyperparameters`: some engines step once at start to allocate state."""
+    return ClippingAdamW(groups, config.clip_norm, lr=0.0, betas=config.betas, eps=config.eps)
 
 
 def learning_rate(step: int, config: OptimConfig, steps: int) -> float:

@@ -110,7 +110,7 @@ class Trainer:
         assert sums.prediction and sums.target
         metrics = {
             "loss": float(self.world.sum(sums.loss)),
-            "grad_norm": result.grad_norm,
+            "grad_norm": float(result.grad_norm),
             "target_deviation": float(deviation(self._pooled(sums.target))),
             "prediction_deviation": float(deviation(self._pooled(sums.prediction))),
             "lr": learning_rate(step - 1, config.optim, config.train.steps),

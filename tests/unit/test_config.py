@@ -248,7 +248,9 @@ def test_deepspeed_gets_the_numbers_of_the_yaml(config, stage, precision):
     run = config("", zero, f"train.precision={precision}", "optim.clip_norm=3")
     got = engine_config(run, batch_plan(dataclasses.replace(run.train, micro_batch=8), 4))
     assert got["zero_optimization"]["stage"] == stage
-    assert got["gradient_clipping"] == 3.0
+    assert got["gradient_clipping"] == (
+        3.0 if stage == 3 or precision == "fp16" else 0.0
+    )  # else the optimizer's kernel
     sizes = [got[k] for k in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")]
     assert sizes == [256, 8, 8]
     on = {k for k in ("fp16", "bf16", "torch_autocast") if got.get(k, {}).get("enabled")}

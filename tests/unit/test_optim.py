@@ -96,6 +96,30 @@ def test_adam_is_the_authors(owned_eps):
     assert worst < 1e-12 if owned_eps else worst > 1e-3
 
 
+@pytest.mark.parametrize("most", [0.5, 100.0, 0.0])
+def test_the_kernel_clips(most):
+    """Against torch's own clipping in float64, in three steps of which the second is not finite."""
+    config = OptimConfig(clip_norm=most, weight_decay=0.1)
+    torch.manual_seed(0)
+    ours, theirs = (torch.nn.Parameter(torch.ones(4, 5, dtype=torch.float64)) for _ in range(2))
+    optimizer = build_optimizer([{"params": [ours], "weight_decay": 0.1}], config)
+    plain = torch.optim.AdamW([theirs], betas=config.betas, weight_decay=0.1)
+    for update, infinite in enumerate((False, True, False), 1):
+        gradient = torch.randn(4, 5, dtype=torch.float64)
+        gradient[0, 0] = math.nan if infinite else gradient[0, 0]
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        set_hyperparameters(optimizer, 1e-2, 1 + (update > 1), config)
+        optimizer.expect(gradient.norm())
+        before = ours.detach().clone()
+        optimizer.step()
+        assert torch.equal(ours, before) == infinite
+        if not infinite:
+            torch.nn.utils.clip_grad_norm_([theirs], most or math.inf)
+            plain.param_groups[0] |= {key: optimizer.param_groups[0][key] for key in ("lr", "eps")}
+            plain.step()
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-8)  # the kernel takes the norm in fp32
+
+
 def named_groups(config):
     model = Data2Vec(SMALL)
     names = {id(p): name for name, p in model.named_parameters()}

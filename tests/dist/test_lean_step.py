@@ -1,0 +1,20 @@
+"""No step waits for the device: on the CPU no value is asked for, on a GPU (where there is one) torch sees no wait."""
+
+import json
+
+from tests.launch import run
+
+ZERO = "train.deepspeed=ds_configs/zero{}.json"
+LEAN = [
+    *(f"tests/{name}.yaml {ZERO.format(1)} train.precision=bf16" for name in ("tiny", "tiny_audio", "tiny_text")),
+    f"tests/tiny.yaml {ZERO.format(2)} train.precision=bf16 optim.clip_norm=0",
+    f"tests/tiny.yaml {ZERO.format(0)} train.precision=fp32",
+    f"tests/tiny_text.yaml {ZERO.format(0)} train.precision=bf16",
+]
+WAITING = f"tests/tiny.yaml {ZERO.format(1)} train.precision=fp32"  # DeepSpeed looks at the norm
+
+
+def test_a_step_waits_for_nothing():
+    lines = run("tests.dist.lean_worker", *LEAN, WAITING).stdout.splitlines()
+    seen = {found["scenario"]: found["waits"] for line in lines if "waits" in line and (found := json.loads(line))}
+    assert seen == dict.fromkeys(LEAN, []) | {WAITING: ["aten._local_scalar_dense.default from optimizer_step"] * 2}
