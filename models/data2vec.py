@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from models.alibi import Alibi, distances
 from models.audio import RelativePositions, WaveformEncoder
@@ -105,6 +106,7 @@ class Encoder(nn.Module):
         self.positions = front.positions(config)
         self.alibi = Alibi(config.heads) if front.alibi else None
         self.leading = config.extra_tokens
+        self.recompute = False  # blocks keep their input alone, and are computed again in the backward pass
         self.extra_tokens = ExtraTokens(config.extra_tokens, config.width) if config.extra_tokens else None
         self.context_norm: nn.Module = nn.Identity()
         if config.prenet_depth or front.context_norm:
@@ -132,8 +134,14 @@ class Encoder(nn.Module):
             x = self.extra_tokens(x)
         x = self.context_dropout(self.context_norm(x))
         for block in self.prenet:
-            x, _ = block(x, bias)
+            x, _ = self.through(block, x, bias)
         return x, bias
+
+    def through(self, block: nn.Module, x: Tensor, bias: Bias | None) -> tuple[Tensor, Tensor]:
+        """(output, MLP output) of one block."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(block, x, bias, use_reentrant=False)
+        return block(x, bias)
 
     def bias(self, features: Tensor, ids_keep: Tensor | None, lengths: Tensor | None) -> Bias | None:
         """ALiBi between the kept positions, and which of them are padding."""
@@ -152,7 +160,7 @@ class Encoder(nn.Module):
         """(output, MLP output) of each main block in turn but the `dropped`, so that no caller has to keep them all."""
         for i, block in enumerate(self.blocks):
             if i not in dropped:
-                x, ffn = block(x, bias)
+                x, ffn = self.through(block, x, bias)
                 yield x, ffn
 
     def states(self, features: Tensor, lengths: Tensor | None = None) -> Iterator[Tensor]:

@@ -17,6 +17,13 @@ class Movable:
     def to(self, device: torch.device) -> Self:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
+    def used_by(self, stream: torch.cuda.Stream) -> Self:
+        """Itself, whose memory is not given away before what `stream` has been asked for by then is done."""
+        for value in vars(self).values():
+            if isinstance(value, Tensor):
+                value.record_stream(stream)
+        return self
+
     def pin_memory(self) -> Self:
         """DataLoader calls this by name; it does not look inside dataclasses."""
         return self._each(lambda tensor: tensor.pin_memory())

@@ -51,6 +51,8 @@ FREE = (
     "train.tensor_parallel",
     "train.init_from",
     "train.kernels.",
+    "train.recompute",
+    "train.compile",
 )
 DAMAGED = (OSError, RuntimeError, KeyError, ValueError, EOFError, AssertionError, SafetensorError)
 

@@ -14,6 +14,8 @@ import torch.distributed as dist
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from torch import Tensor, nn
 
+from models.data2vec import Encoder
+from models.encoder import Block
 from models.fused import kernels
 from pretrain.config import BatchPlan, Settings
 from pretrain.optim import ClippingAdamW, build_optimizer
@@ -134,6 +136,11 @@ def build_engine(
     if found := kernels.problems(config.train.kernels, world.device):
         raise ConfigError("; ".join(f"train.{sentence}" for sentence in found))
     kernels.use(config.train.kernels)
+    for module in model.modules():
+        if isinstance(module, Encoder):
+            module.recompute = config.train.recompute
+        elif isinstance(module, Block) and config.train.compile:
+            module.compile()
     if world.tensor_group is not None:
         from models.tp_layers import split_blocks  # megatron-core takes seconds to import, and only this needs it
 

@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from models.data2vec import Batch
+from models.movable import Movable
 from pretrain.config import BatchPlan, Config
 from pretrain.data.audio import AudioDataset
 from pretrain.data.collate import Collate
@@ -107,13 +108,13 @@ def build_loader(
     return load_batches(dataset, sampler, Collate(config.model, config.train.seed), config.data.workers, world)
 
 
-B = TypeVar("B")
+B = TypeVar("B", bound=Movable)
 
 
 def load_batches(
     dataset: Any, keys: Any, collate: Callable[[Sequence[Any]], B], workers: int, world: World
 ) -> Generator[B, None, None]:
-    """What `collate` makes of the samples of each list of `keys`, on the host (pinned if there is a GPU).
+    """What `collate` makes of the samples of each list of `keys`, on the rank's device.
 
     Iterating raises DataError, in one line, for data that cannot be read. Close it to end its workers.
     """
@@ -127,12 +128,25 @@ def load_batches(
     )
     batches: Iterator[B] = iter(loader)
     try:
-        yield from batches
+        yield from on_device(batches, world.device)
     except DataError as error:
         raise in_one_line(error) from None
     finally:
         if workers:  # which ignore the SIGTERM that would end them at the interpreter's exit
             batches._shutdown_workers()  # type: ignore[attr-defined]
+
+
+def on_device(batches: Iterator[B], device: torch.device) -> Iterator[B]:
+    """Copies to a GPU go on beside what has been asked of it before: the host, which waits for no step, is ahead."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    copies, computation = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    for batch in batches:
+        with torch.cuda.stream(copies):
+            moved = batch.to(device)
+        computation.wait_stream(copies)
+        yield moved.used_by(computation)
 
 
 def _prepare_worker(_: int) -> None:
