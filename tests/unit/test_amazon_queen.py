@@ -83,7 +83,7 @@ def clip(seconds=2.0):
 def game(voices=SAID):
     """A game's files: its scripts, by which all of SAID is said, and a clip for each of the `voices`."""
     answers = [
-        (0, "Good day to you.*FR"),
+        (0, "Good day to you."),
         (0x2A, "I count  back doors.*02Would you like to, too?*XY00(237,112)It is a hobby, you see."),
         (0x2A, "Never spoken, too late!"),
     ]
