@@ -38,8 +38,8 @@ class AudioDataConfig:
 class DataConfig:
     """`path`: images (class folders, a folder at any depth, tar shards, idx files), recordings (a folder at any depth,
     LibriSpeech's tree, a tab-separated manifest) or a tokenised corpus; or `fetch:NAME` for a data set that
-    `pretrain.data.fetch` knows. The run stops when more than `max_failed_share` of the samples read could not be
-    decoded (and more than ten, unless the share is 0)."""
+    `pretrain.data.fetch` knows. Of recordings it may be several places, joined by `+`. The run stops when more than
+    `max_failed_share` of the samples read could not be decoded (and more than ten, unless the share is 0)."""
 
     path: str = ""
     split: str = "train"

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import soundfile
 
+from pretrain.data import amazon_queen
 from pretrain.data.sources import DataError
 
 
@@ -69,6 +70,8 @@ def _fillets(unpacked: Path, target: Path) -> None:
     (target / "transcripts.tsv").write_text("".join(sorted(lines)), "utf-8")
 
 
+_OWN_RECORDINGS = "give data.path a folder of your own recordings (wav, flac, ogg, opus or mp3)"
+
 KNOWN = {
     "fashion_mnist": DebianData(
         packages=("dataset-fashion-mnist",),
@@ -90,14 +93,29 @@ KNOWN = {
             "test": "d36ea8c31d3af5e6e4dee13e284cd1fd971f92f774818504710f36fc2efbf863",
             "transcripts.tsv": "a19431cf9cbc42ed11aa1fd8be0e1743f6f2cbddf1ef656ffaad2d9c846b342d",
         },
-        by_hand="give data.path a folder of your own recordings (wav, flac, ogg, opus or mp3)",
+        by_hand=_OWN_RECORDINGS,
+    ),
+    "amazon_queen": DebianData(  # free to copy with its readme, which is kept beside the clips
+        packages=("flight-of-the-amazon-queen",),
+        prepare=amazon_queen.prepare,
+        sha256={
+            "train": "c7b749aaa78b923d36f89d754b77ceffb54145c03bba9bc889aebfb71b0acea8",
+            "test": "2340c1d82d85c1338d492328815baac6e8d9871593a968d8e00c997452d44ec3",
+            "train.tsv": "162aa41694cb4e4012dd09a82a65c01fb7ae11a4eead92494ee6c740f33814d8",
+            "test.tsv": "964d9482ddeb89e224ff2668c64fd1455ba706557517422a735bcf8d90f2053c",
+        },
+        by_hand=_OWN_RECORDINGS,
     ),
 }
 
 
 def resolve(path: str) -> str:
-    """`fetch:NAME` -> the folder of that data set, fetched if it is not there yet; any other path as it is."""
-    return str(fetch(path.removeprefix("fetch:"))) if path.startswith("fetch:") else os.path.expanduser(path)
+    """`fetch:NAME` -> the folder of that data set, fetched if it is not there yet; any other path as it is. Of several
+    joined by `+`, each."""
+    return "+".join(
+        str(fetch(part.removeprefix("fetch:"))) if part.startswith("fetch:") else os.path.expanduser(part)
+        for part in path.split("+")
+    )
 
 
 def fetch(name: str) -> Path:

@@ -17,7 +17,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -64,6 +64,12 @@ class _Clip:
     rate: int
     below: str
     """The name within its split, whose first folder is the class."""
+
+
+class _Found(NamedTuple):
+    root: str
+    clips: list[_Clip]
+    skipped: list[str]
 
 
 class AudioSource:
@@ -145,9 +151,25 @@ def open_audio(path: str, split: str = "train", *, progress: bool = True) -> Aud
     split is used if there is one, or all whose names begin with it, as LibriSpeech's train-clean-100 and
     train-other-500; a test split may also be called val, valid, validation or dev.
 
-    Lengths come from the files' headers, once: they are cached. Raises `DataError` if nothing there can be used.
+    Several of these are joined by `+`, and their recordings follow one another. Lengths come from the files' headers,
+    once: they are cached. Raises `DataError` if nothing there can be used.
     """
     path = os.path.expanduser(path)
+    paths = [path] if os.path.exists(path) else path.split("+")
+    found = [_find(os.path.expanduser(one), split, progress) for one in paths]
+    if len(found) == 1:
+        return AudioSource(*found[0])
+    root = os.path.commonpath([os.path.abspath(one.root) for one in found])
+    below = [os.path.relpath(one.root, root) for one in found]  # so that their names stay when all are moved
+    clips = (
+        replace(clip, name=os.path.normpath(os.path.join(folder, clip.name)))
+        for folder, one in zip(below, found, strict=True)
+        for clip in one.clips
+    )
+    return AudioSource(root, clips, [reason for one in found for reason in one.skipped])
+
+
+def _find(path: str, split: str, progress: bool) -> _Found:
     if os.path.isfile(path):
         if path.lower().endswith(EXTENSIONS):
             raise DataError(f"{path} is one recording: give the folder that holds it")
@@ -165,7 +187,7 @@ def open_audio(path: str, split: str = "train", *, progress: bool = True) -> Aud
         _sort_out(names, _scan(folder, names, folder, progress), folder, subset, clips, skipped)
     if not clips and not skipped:
         raise DataError(f"no recordings in {root}: give {_KINDS} files or a manifest (.tsv)")
-    return AudioSource(root, clips, skipped)
+    return _Found(root, clips, skipped)
 
 
 def open_recordings(root: str, names: Sequence[str], key: str, *, progress: bool = True) -> AudioSource:
@@ -235,7 +257,7 @@ def split_folders(path: str, split: str) -> list[str]:
     raise DataError(f"{path} has {', '.join(subsets)} but nothing for the {split} split: {'-*, '.join(wanted)}-*")
 
 
-def _open_manifest(path: str, progress: bool) -> AudioSource:
+def _open_manifest(path: str, progress: bool) -> _Found:
     root, names, frames = read_manifest(path)
     probes = [names[i] for i in np.unique(np.linspace(0, len(names) - 1, _PROBES).astype(int))]
     with _quiet():
@@ -250,7 +272,7 @@ def _open_manifest(path: str, progress: bool) -> AudioSource:
     clips: list[_Clip] = []
     skipped: list[str] = []
     _sort_out(names, headers, root, "", clips, skipped)
-    return AudioSource(root, clips, skipped)
+    return _Found(root, clips, skipped)
 
 
 def read_manifest(path: str) -> tuple[str, list[str], list[int]]:

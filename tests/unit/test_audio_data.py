@@ -224,6 +224,40 @@ def test_split_folders(tmp_path):
     failure(lambda: open_audio(str(tmp_path), "test"), "train", "test")
 
 
+def test_several_sources_joined_by_plus_follow_one_another(tmp_path):
+    for name, seconds in (
+        ("x/train/a/1.wav", 0.5),
+        ("x/test/a/2.wav", 0.5),
+        ("y/3.wav", 0.7),
+        ("z/train-b/4.wav", 0.9),
+    ):
+        write(tmp_path / name, noise(seconds, seed=int(name[-5])))
+    write(tmp_path / "z/train-c/5.wav", noise(0.4))
+    (tmp_path / "y/bad.wav").write_bytes(b"x")
+    write_manifest(str(tmp_path / "y"), str(tmp_path / "y.tsv"))
+    for y in ("y", "y.tsv"):
+        source = open_audio(f"{tmp_path}/x+{tmp_path}/{y}+{tmp_path}/z")
+        found = ["x/train/a/1.wav", "y/3.wav", "z/train-b/4.wav", "z/train-c/5.wav"]
+        assert names(source, tmp_path) == found
+        assert (source.lengths / RATE).tolist() == [0.5, 0.7, 0.9, 0.4] and source.labels is None
+        assert np.abs(source.read(1, 0, 11_200) - noise(0.7, seed=3)).max() < 1e-4
+    both = open_audio(f"{tmp_path}/x+{tmp_path}/y")
+    assert [skipped.split(":")[0] for skipped in both.skipped] == [str(tmp_path / "y/bad.wav")]
+    failure(lambda: open_audio(f"{tmp_path}/x+{tmp_path}/nowhere"), "nowhere does not exist")
+    (tmp_path / "moved").mkdir()
+    for name in "xy":
+        (tmp_path / name).rename(tmp_path / "moved" / name)
+    assert open_audio(f"{tmp_path}/moved/x+{tmp_path}/moved/y").fingerprint() == both.fingerprint()
+
+
+def test_class_folders_of_several_sources_are_classes_together_and_plus_may_be_in_a_name(tmp_path):
+    for name in ("x/a/1.wav", "x/b/2.wav", "y/b/3.wav", "y/c/4.wav", "p+q/5.wav"):
+        write(tmp_path / name, noise(0.5))
+    source = open_audio(f"{tmp_path}/x+{tmp_path}/y")
+    assert source.labels is not None and [source.classes[i] for i in source.labels] == ["a", "b", "b", "c"]
+    assert names(open_audio(f"{tmp_path}/p+q"), tmp_path) == ["p+q/5.wav"]
+
+
 def test_bad_files_are_skipped_and_named(tmp_path):
     whole = {suffix: write(tmp_path / f"x.{suffix}", noise(2)).read_bytes() for suffix in ENCODINGS}
     folder = tmp_path / "in"

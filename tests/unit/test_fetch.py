@@ -177,3 +177,13 @@ def test_fillets_are_sorted_by_speaker_with_whole_levels_held_out(tmp_path, monk
     by_clip = {file.split("__")[1]: rest for file, *rest in rows if "odd__" in file}
     assert by_clip == {"m-long.ogg": ["cs", "small", 'a "b" c:\\d'], "v-two.ogg": ["cs", "big", "on two lines"]}
     assert ["cs", "small", "Ahoj, level7!"] in [rest for file, *rest in rows if "level7__m-x" in file]
+
+
+def test_several_joined_by_plus_are_each_resolved(machine, monkeypatch, tmp_path):
+    known(monkeypatch, packages=("p",))
+    machine["p"] = {"usr/p.txt": b"p"}
+    toy = str(tmp_path / "cache" / "toy")
+    assert resolve("/a+fetch:toy+~/x") == f"/a+{toy}+{os.path.expanduser('~/x')}"
+    assert resolve("fetch:toy+fetch:toy") == f"{toy}+{toy}"
+    with pytest.raises(DataError, match=r"toyz.*fillets"):
+        resolve("fetch:toy+fetch:toyz")
