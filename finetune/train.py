@@ -18,7 +18,7 @@ from finetune.task import Examples, Task
 from models.heads import FineTuned
 from pretrain.checkpoint import CheckpointError, RunState, start_from
 from pretrain.config import batch_plan
-from pretrain.data.loader import load_batches
+from pretrain.data.loader import load_batches, on_device
 from pretrain.engine import StepResult, build_engine, loss_scale, optimizer_step
 from pretrain.full import LABELS, Full, expected_shapes, refuse_differences
 from pretrain.optim import set_hyperparameters
@@ -130,7 +130,8 @@ class FineTuning:
         task = self.task
         keys = task.sampler(trainer.plan, self.world.data_rank, trainer.state.batches)
         collate = partial(task.collate, task.train.references)
-        return load_batches(dataset, keys, collate, self.config.data.workers, self.world)
+        batches = load_batches(dataset, keys, collate, self.config.data.workers, self.world)
+        return on_device(batches, self.world.device)
 
     def evaluation(self, dataset: Any, trainer: Trainer, note: Callable[[str], None]) -> Evaluations:
         return Evaluations(self.task, trainer.engine, self.world, self.config.train.steps, note)

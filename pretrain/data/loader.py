@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -103,18 +104,20 @@ def build_sampler(dataset: Dataset, config: Config, plan: BatchPlan, rank: int, 
 def build_loader(
     dataset: Dataset, config: Config, plan: BatchPlan, world: World, first_batch: int
 ) -> Generator[Batch, None, None]:
-    """Micro-batches of this rank from global batch `first_batch` on; see `load_batches`."""
+    """Micro-batches of this rank from global batch `first_batch` on, on its device; see `load_batches`."""
     sampler = build_sampler(dataset, config, plan, world.data_rank, first_batch)
-    return load_batches(dataset, sampler, Collate(config.model, config.train.seed), config.data.workers, world)
+    batches = load_batches(dataset, sampler, Collate(config.model, config.train.seed), config.data.workers, world)
+    return on_device(batches, world.device)
 
 
-B = TypeVar("B", bound=Movable)
+B = TypeVar("B")
+M = TypeVar("M", bound=Movable)
 
 
 def load_batches(
     dataset: Any, keys: Any, collate: Callable[[Sequence[Any]], B], workers: int, world: World
 ) -> Generator[B, None, None]:
-    """What `collate` makes of the samples of each list of `keys`, on the rank's device.
+    """What `collate` makes of the samples of each list of `keys`, on the host (pinned if there is a GPU).
 
     Iterating raises DataError, in one line, for data that cannot be read. Close it to end its workers.
     """
@@ -128,7 +131,7 @@ def load_batches(
     )
     batches: Iterator[B] = iter(loader)
     try:
-        yield from on_device(batches, world.device)
+        yield from batches
     except DataError as error:
         raise in_one_line(error) from None
     finally:
@@ -136,17 +139,18 @@ def load_batches(
             batches._shutdown_workers()  # type: ignore[attr-defined]
 
 
-def on_device(batches: Iterator[B], device: torch.device) -> Iterator[B]:
+def on_device(batches: Generator[M, None, None], device: torch.device) -> Generator[M, None, None]:
     """Copies to a GPU go on beside what has been asked of it before: the host, which waits for no step, is ahead."""
-    if device.type != "cuda":
-        yield from batches
-        return
-    copies, computation = torch.cuda.Stream(device), torch.cuda.current_stream(device)
-    for batch in batches:
-        with torch.cuda.stream(copies):
-            moved = batch.to(device)
-        computation.wait_stream(copies)
-        yield moved.used_by(computation)
+    with closing(batches):
+        if device.type != "cuda":
+            yield from batches
+            return
+        copies, computation = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+        for batch in batches:
+            with torch.cuda.stream(copies):
+                moved = batch.to(device)
+            computation.wait_stream(copies)
+            yield moved.used_by(computation)
 
 
 def _prepare_worker(_: int) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from tests.launch import run
 
-SCENARIOS = [f"tests/tiny_audio.yaml model.depth=6 train.deepspeed=ds_configs/zero{stage}.json" for stage in (0, 1, 3)]
+SCENARIOS = [f"tests/tiny_audio.yaml model.depth=12 train.deepspeed=ds_configs/zero{stage}.json" for stage in (0, 1, 3)]
 
 
 @pytest.fixture(scope="module")
@@ -21,4 +21,4 @@ def seen():
 def test_recomputing_is_exact_and_saves_memory(seen, scenario):
     plain, again = seen[scenario], seen[f"{scenario} train.recompute=true"]
     assert again["losses"] == plain["losses"] and again["weights"] == plain["weights"]
-    assert again["kept"] < 0.7 * plain["kept"]
+    assert again["kept"] < 0.8 * plain["kept"]
