@@ -180,6 +180,13 @@ def peak_bytes(device: torch.device) -> int:
 def measure(config: Config, world: World, steps: int, warmup: int, trace: Path | None = None) -> dict[str, Any]:
     """The figures of one configuration. `trace`: also writes a Chrome trace of one more step."""
     trainer = Trainer(config, world)
+    figures = measured(trainer, steps, warmup, trace)
+    trainer.engine.destroy()
+    return figures
+
+
+def measured(trainer: Trainer, steps: int, warmup: int, trace: Path | None = None) -> dict[str, Any]:
+    config, world = trainer.config, trainer.world
     device, plan = world.device, trainer.plan
     batches, matrix_rate = random_batches(config, trainer), MatrixRate(device, config.train.precision)
 
@@ -212,7 +219,6 @@ def measure(config: Config, world: World, steps: int, warmup: int, trace: Path |
     work = useful_work(config.model).total * count
     beside = [(before + after) / 2 for before, after in pairwise(rates)]
     seconds = median(times)
-    trainer.engine.destroy()
     return {
         "seconds": seconds,
         "seconds_each": times,

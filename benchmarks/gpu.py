@@ -1,0 +1,263 @@
+"""python -m benchmarks.gpu [--out DIR] [--minutes 8]: every figure that a new GPU is asked for, in one go.
+
+Steps of all presets, part by part; each fused layer against torch's operators, switched within one run; eager against
+compiled; recomputing; a real loader; the baselines' steps; a Chrome trace, and how often the host waits in a step.
+Writes figures.json, table.md and trace.json into DIR. What no time is left for is named, not measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+import os
+import shlex
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.step import GIB, ROOT, MatrixRate, hardware, measured, now, random_batches, rounded
+from models.fused import kernels
+from models.fused.kernels import Kernels
+from pretrain import parallel
+from pretrain.config import Config, batch_plan, load
+from pretrain.data.loader import build_dataset, build_loader
+from pretrain.engine import read_mechanics
+from pretrain.layout import Zero
+from pretrain.parallel import World
+from pretrain.plan import memory, samples
+from pretrain.progress import Progress
+from pretrain.settings import ConfigError
+from pretrain.train import Trainer
+
+DATASHEET = 989e12  # FLOP/s of an H100 SXM in bf16 without sparsity; what published shares are of
+TARGETS = {"image_base": 0.35, "image_large": 0.45, "image_huge14": 0.45, "audio_large": 0.40, "text_large": 0.40}
+PRESETS = ("image_large", "image_huge14", "audio_large", "text_large", "image_base", "audio_base", "text_base")
+COMPARED = ("image_large", "audio_large", "text_large")  # kernels, one modality each
+BASELINES = {"image_base": "mae_base", "audio_base": "wav2vec2_base", "text_base": "roberta_base"}
+ROOM = 0.7  # of the memory, for what is estimated
+ROUNDS = 4
+
+
+class Case(NamedTuple):
+    name: str
+    run: Callable[[], dict[str, Any]]
+
+
+def prepare(preset: str, precision: str, overrides: Sequence[str], most: int = 128) -> Config:
+    """A preset whose global batch is one micro-batch: the largest power of two that fits the device, `most` at most."""
+    path = ROOT / "configs" / "pretrain" / f"{preset}.yaml"
+    ours = [f"train.precision={precision}", "train.deepspeed=ds_configs/zero1.json"]
+    room = torch.cuda.get_device_properties(0).total_memory * ROOM if torch.cuda.is_available() else 4 * GIB
+    config, count = None, 1
+    while config is None or count <= most:
+        size = count * load(path, overrides).model.sample_size
+        larger = load(path, [*ours, f"train.micro_batch={size}", f"train.batch_size={size}", *overrides])
+        plan = batch_plan(larger.train, 1)
+        if config and memory(larger, plan, Zero.of(read_mechanics(larger.train.deepspeed))).total > room:
+            break
+        config, count = larger, 2 * count
+    return config
+
+
+def with_trainer(config: Config, world: World, use: Callable[[Trainer], dict[str, Any]]) -> dict[str, Any]:
+    """What `use` finds of a trainer that lives no longer."""
+    trainer = Trainer(config, world)
+    if world.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        return use(trainer)
+    finally:
+        trainer.engine.destroy()
+        del trainer
+        gc.collect()
+        if world.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def variants(trainer: Trainer, choices: dict[str, Kernels]) -> dict[str, Any]:
+    """Seconds of a step with each choice of kernels, taken in turn."""
+    batches, seconds = random_batches(trainer.config, trainer), {name: list[float]() for name in choices}
+    for turn in range(ROUNDS + 1):
+        for name, choice in choices.items():
+            kernels.use(choice)
+            micro_batches = next(batches)
+            start = now(trainer.world.device)
+            trainer.step(micro_batches)
+            if turn:  # the first has compiled
+                seconds[name].append(now(trainer.world.device) - start)
+    kernels.use(trainer.config.train.kernels)
+    found = {name: median(times) for name, times in seconds.items()}
+    return {"seconds": found, "ratio_to_fused": {name: value / found["fused"] for name, value in found.items()}}
+
+
+def kernel_choices() -> dict[str, Kernels]:
+    """All fused layers, none, and all but one."""
+    parts = [field.name for field in fields(Kernels)]
+    return {
+        "fused": Kernels(),
+        "torch": Kernels(**dict.fromkeys(parts, "torch")),
+        **{f"fused but {part}": replace(Kernels(), **{part: "torch"}) for part in parts},
+    }
+
+
+def waits(trainer: Trainer) -> dict[str, Any]:
+    """How often torch sees the host wait for the GPU in a step."""
+    first, second = (next(random_batches(trainer.config, trainer)) for _ in range(2))
+    trainer.step(first)
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.step(second)
+    torch.cuda.set_sync_debug_mode("default")
+    return {"waits": [f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]}
+
+
+def from_loader(trainer: Trainer, folder: Path, steps: int) -> dict[str, Any]:
+    """Samples a second of the loop's own loader and steps together, which wait for nothing but each other."""
+    config = replace(trainer.config, data=replace(trainer.config.data, path=str(folder)))
+    batches = build_loader(build_dataset(config, progress=False), config, trainer.plan, trainer.world, 0)
+    for _ in range(2):
+        trainer.step([next(batches)])
+    start = now(trainer.world.device)
+    for _ in range(steps):
+        trainer.step([next(batches)])
+    seconds = (now(trainer.world.device) - start) / steps
+    batches.close()
+    count = samples(config.model, trainer.plan.micro_batch)
+    return {"seconds": seconds, "samples_per_s": count / seconds, "workers": config.data.workers}
+
+
+def cases(world: World, out: Path, args: argparse.Namespace) -> list[Case]:
+    """In the order of their weight: the last are left out first."""
+
+    def config(preset: str, *more: str) -> Config:
+        return prepare(preset, args.precision, [*more, *args.overrides], args.most)
+
+    def timed(preset: str, *more: str, trace: Path | None = None) -> Callable[[], dict[str, Any]]:
+        def use(trainer: Trainer) -> dict[str, Any]:
+            found = measured(trainer, args.steps, 2, trace)
+            target = TARGETS.get(preset)
+            return found | {"datasheet_share": found["tflop_per_s"] * 1e12 / DATASHEET, "target": target}
+
+        return lambda: with_trainer(config(preset, *more), world, use)
+
+    def switched(preset: str) -> Callable[[], dict[str, Any]]:
+        return lambda: with_trainer(config(preset), world, lambda trainer: variants(trainer, kernel_choices()))
+
+    def watched(preset: str) -> Callable[[], dict[str, Any]]:
+        return lambda: with_trainer(config(preset), world, waits)
+
+    first = args.presets[0]
+    found = [Case(f"step {first}", timed(first, trace=out / "trace.json"))]
+    found += [Case(f"step {preset}", timed(preset)) for preset in args.presets[1:]]
+    if world.device.type == "cuda":
+        found += [Case(f"waits {preset}", watched(preset)) for preset in args.compared]
+    found += [Case(f"kernels {preset}", switched(preset)) for preset in args.compared]
+    found.append(Case(f"compiled {first}", timed(first, "train.compile=true")))
+    found.append(Case(f"recomputed {first}", timed(first, "train.recompute=true")))
+    if args.data:
+        workers = f"data.workers={max(1, (os.cpu_count() or 2) - 1)}"
+        read = lambda trainer: from_loader(trainer, args.data, args.steps)  # noqa: E731
+        found.append(Case(f"loader {first}", lambda: with_trainer(config(first, workers), world, read)))
+    return found
+
+
+def table(figures: dict[str, Any]) -> str:
+    """The same in Markdown."""
+    lines = [
+        f"{figures['hardware']}, torch {figures['torch']}, {figures['precision']}, matrix rate "
+        f"{figures['matrix_tflop_per_s']:.4g} TFLOP/s, {figures['date']}: `{figures['command']}`",
+        "",
+        "| step | micro-batch | ms | samples/s | TFLOP/s | of 989 | asked | peak, GiB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, found in figures["cases"].items():
+        if "tflop_per_s" in found:
+            rate = next(value for key, value in found.items() if key.endswith("s_per_s"))
+            asked = f"{found['target']:.0%}" if found.get("target") else ""
+            lines.append(
+                f"| {name} | {found['micro_batch']} | {1000 * found['seconds']:.1f} | {rate:.4g} | "
+                f"{found['tflop_per_s']:.4g} | {found['datasheet_share']:.1%} | {asked} | {found['peak_gib']:.1f} |"
+            )
+    for name, found in figures["cases"].items():
+        if "parts" in found:
+            whole = found["instrumented_seconds"]
+            parts = ", ".join(f"{part} {seconds / whole:.0%}" for part, seconds in found["parts"].items())
+            lines += ["", f"{name}, taken apart: {parts}."]
+        elif "ratio_to_fused" in found:
+            rows = (
+                f"| {key} | {1000 * found['seconds'][key]:.1f} | {r:.3f} |"
+                for key, r in found["ratio_to_fused"].items()
+            )
+            lines += ["", f"| {name} | ms | to fused |", "|---|---|---|", *rows]
+        elif "waits" in found:
+            lines += ["", f"{name}: the host waits {len(found['waits'])} times in a step. {' '.join(found['waits'])}"]
+        elif "samples_per_s" in found:
+            lines += ["", f"{name}: {found['samples_per_s']:.4g} samples/s with {found['workers']} workers."]
+        elif "error" in found:
+            lines += ["", f"{name}: {found['error']}"]
+    if figures["left_out"]:
+        lines += ["", f"No time was left for: {', '.join(figures['left_out'])}."]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser("benchmarks.gpu", description="All measurements of a GPU in one go.")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
+    parser.add_argument("--minutes", type=float, default=8, help="begins nothing that would end behind them")
+    parser.add_argument("--presets", nargs="+", default=list(PRESETS))
+    parser.add_argument("--compared", nargs="+", default=list(COMPARED), help="presets whose kernels are compared")
+    parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--most", type=int, default=128, help="samples a micro-batch")
+    parser.add_argument("--data", type=Path, help="images for the loader's case")
+    args = parser.parse_intermixed_args()
+    began = time.monotonic()
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    world = parallel.start()
+    args.out.mkdir(parents=True, exist_ok=True)
+    figures: dict[str, Any] = {
+        "command": shlex.join(["python", "-m", "benchmarks.gpu", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d"),
+        "hardware": hardware(world.device),
+        "torch": torch.__version__,
+        "precision": args.precision,
+        "matrix_tflop_per_s": MatrixRate(world.device, args.precision)() / 1e12,
+        "cases": {},
+        "left_out": [],
+    }
+    longest = 0.0
+    try:
+        todo = cases(world, args.out, args)
+        with Progress("measuring", len(todo)) as told:
+            for case in todo:
+                start = time.monotonic()
+                if start - began + longest > 60 * args.minutes:
+                    figures["left_out"].append(case.name)
+                    continue
+                try:
+                    figures["cases"][case.name] = rounded(case.run())
+                except (RuntimeError, ConfigError) as error:  # one that fails costs no other
+                    figures["cases"][case.name] = {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+                longest = max(longest, time.monotonic() - start)
+                told.advance(1)
+                (args.out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+                (args.out / "table.md").write_text(table(figures))
+    finally:
+        parallel.stop()
+    print(table(figures))
+    return 1 if any("error" in found for found in figures["cases"].values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
