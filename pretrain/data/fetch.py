@@ -101,7 +101,7 @@ KNOWN = {
         sha256={
             "train": "c7b749aaa78b923d36f89d754b77ceffb54145c03bba9bc889aebfb71b0acea8",
             "test": "2340c1d82d85c1338d492328815baac6e8d9871593a968d8e00c997452d44ec3",
-            "train.tsv": "162aa41694cb4e4012dd09a82a65c01fb7ae11a4eead92494ee6c740f33814d8",
+            "train.tsv": "3934cee60fef29fe0d4f6780a445a7db8b43c0344458712be2f2671776e7ec7a",
             "test.tsv": "964d9482ddeb89e224ff2668c64fd1455ba706557517422a735bcf8d90f2053c",
         },
         by_hand=_OWN_RECORDINGS,

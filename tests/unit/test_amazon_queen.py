@@ -143,7 +143,7 @@ def test_what_begins_alike_is_on_one_side(tmp_path):
     """60 dialogues of two clips each; 26 of 256 first bytes of a hash are for testing."""
     files = game(voices=())
     for key in range(40, 100):
-        files[f"D{key}.DOG"] = dialogue(key, [(2, "Who is there now?")], [(3, "Only your friends.")], ["", ""])
+        files[f"D{key}.DOG"] = dialogue(key, [(2, f"Who has room {key}?")], [(3, f"Only friend {key}.")], ["", ""])
         files |= {f"{key}0002J1.SB": clip(), f"{key}0003P1.SB": clip()}
     found = prepared(tmp_path, files)
     sides = {split: {file.split("/")[1][:2] for file in rows} for split, rows in found.items()}
@@ -152,6 +152,16 @@ def test_what_begins_alike_is_on_one_side(tmp_path):
         sides["test"] == {str(key) for key in range(40, 100) if hashlib.sha256(str(key).encode()).hexdigest() < "1a"}
         and sum(map(len, found.values())) == 120
     )
+
+
+def test_what_is_said_in_test_is_not_learned(tmp_path):
+    files = game(voices=())
+    for key in range(40, 100):
+        files[f"D{key}.DOG"] = dialogue(key, [(2, "who is THERE?" if key % 2 else "Who is there?")], [], ["", ""])
+        files[f"{key}0002J1.SB"] = clip()
+    found = prepared(tmp_path, files)
+    assert found["test"] and not found["train"]
+    assert len(list((tmp_path / "prepared/train").iterdir())) == 60 - len(found["test"])  # to be heard without its text
 
 
 @pytest.mark.parametrize(
@@ -175,7 +185,7 @@ def test_clips_of_other_lengths_or_rates_are_left_out(tmp_path, seconds, text, k
 
 
 def test_it_trains_and_recognises(tmp_path):
-    files = game() | {f"D{key}.DOG": dialogue(key, [(2, "Who is there?")], [], ["", ""]) for key in range(40, 100)}
+    files = game() | {f"D{key}.DOG": dialogue(key, [(2, f"Who is {key}?")], [], ["", ""]) for key in range(40, 100)}
     found = prepared(tmp_path, files | {f"{key}0002J1.SB": clip() for key in range(40, 100)})
     assert found["test"]
     path = str(tmp_path / "prepared")
