@@ -110,6 +110,9 @@ def engine_config(config: Settings, plan: BatchPlan) -> dict[str, Any]:
             f"{config.train.deepspeed} offloads the optimizer, which model.dropout.layer={config.model.dropout.layer} "
             "cannot have; set one without offload, or model.dropout.layer=0"
         )
+    if config.train.compile and stage == 3:
+        # Its hooks, a few for every module, are compiled anew for each until torch gives up.
+        raise ConfigError("train.compile needs ZeRO 0, 1 or 2; set train.deepspeed=ds_configs/zero1.json")
     if precision != "fp32" and stage == 0 and config.train.tensor_parallel > 1:
         # DeepSpeed's fp16 wrapper of stage 0 adds up norms as if no layer were split, and megatron-core's layers know
         # autocast on GPUs alone.

@@ -44,7 +44,8 @@ class Product(torch.autograd.Function):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`F.linear`, by whatever is fastest here."""
-    if AVAILABLE and x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
+    plain = torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()  # which does not know the operator
+    if AVAILABLE and x.device.type == "cpu" and x.dtype == torch.float32 and not plain:
         return Product.apply(x, weight, bias)
     return F.linear(x, weight, bias)
 

@@ -241,6 +241,12 @@ def test_offload_and_layer_drop_are_refused_together(zero):
     assert engine_config(without, batch_plan(without.train, 1))["zero_optimization"]["offload_optimizer"]
 
 
+def test_compiling_at_stage_3_is_refused(config):
+    run = config("", "train.compile=true", "train.deepspeed=ds_configs/zero3.json")
+    with pytest.raises(ConfigError, match=r"train\.compile needs ZeRO 0, 1 or 2; set train\.deepspeed"):
+        engine_config(run, batch_plan(run.train, 1))
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_deepspeed_gets_the_numbers_of_the_yaml(config, stage, precision):
