@@ -24,12 +24,20 @@ def channels(group: int) -> int:
 
 
 @triton.jit
-def inside_grid(
-    row: tl.tensor, end: tl.tensor, vertical: tl.tensor, horizontal: tl.tensor, height: tl.tensor, width: tl.tensor
+def goes_on(
+    line: tl.tensor,
+    place: tl.tensor,
+    vertical: tl.tensor,
+    horizontal: tl.tensor,
+    height: tl.tensor,
+    width: tl.tensor,
+    KERNEL_H: tl.constexpr,
 ) -> tl.tensor:
-    """Whether a row of (N, H, W) is one before `end`, and so many places from it the grid goes on."""
-    line, place = (row // width) % height + vertical, row % width + horizontal
-    return (row < end) & (line >= 0) & (line < height) & (place >= 0) & (place < width)
+    """Whether the grid has a place so far from those that are given by line and place in it."""
+    inside = (place + horizontal >= 0) & (place + horizontal < width)
+    if KERNEL_H > 1:
+        inside &= (line + vertical >= 0) & (line + vertical < height)
+    return inside
 
 
 @triton.jit
@@ -53,6 +61,7 @@ def convolve(
 ) -> None:
     group = tl.program_id(0) % GROUPS  # neighbours read the same rows, of which each takes a part
     row = tl.program_id(0) // GROUPS * ROWS + tl.arange(0, ROWS)
+    line, place, present = row // width % height, row % width, row < rows
     source, target = tl.arange(0, TILE_IN), tl.arange(0, TILE_OUT)
     from_x = x + row.to(tl.int64)[:, None] * (GROUPS * IN) + group * IN + source[None, :]
     from_weight = weight + group * (KERNEL_H * KERNEL_W * IN * OUT) + source[:, None] * OUT + target[None, :]
@@ -60,7 +69,7 @@ def convolve(
     total = tl.zeros((ROWS, TILE_OUT), tl.float32)
     for tap in range(KERNEL_H * KERNEL_W):
         vertical, horizontal = tap // KERNEL_W - KERNEL_H // 2, tap % KERNEL_W - KERNEL_W // 2
-        real = inside_grid(row, rows, vertical, horizontal, height, width)
+        real = present & goes_on(line, place, vertical, horizontal, height, width, KERNEL_H)
         near = from_x + (vertical * width + horizontal) * (GROUPS * IN)
         values = tl.load(near, mask=real[:, None] & (source < IN)[None, :], other=0.0)
         weights = tl.load(from_weight + tap * (IN * OUT), mask=known, other=0.0)
@@ -70,7 +79,7 @@ def convolve(
     if bias is not None:
         total += tl.load(bias + group * OUT + target, mask=target < OUT, other=0.0).to(tl.float32)[None, :]
     to_y = y + row.to(tl.int64)[:, None] * (GROUPS * OUT) + group * OUT + target[None, :]
-    tl.store(to_y, total, mask=(row < rows)[:, None] & (target < OUT)[None, :])
+    tl.store(to_y, total, mask=present[:, None] & (target < OUT)[None, :])
 
 
 @triton.jit
@@ -101,11 +110,12 @@ def weight_gradient(
     total = tl.zeros((TILE_IN, TILE_OUT), tl.float32)
     for start in range(first, tl.minimum(first + chunk, rows), ROWS):
         row = start + tl.arange(0, ROWS)
-        real = inside_grid(row, rows, vertical, horizontal, height, width)
+        present = row < rows
+        real = present & goes_on(row // width % height, row % width, vertical, horizontal, height, width, KERNEL_H)
         from_x = x + row.to(tl.int64)[:, None] * (GROUPS * IN) + group * IN + source[None, :]
         from_grad = grad + row.to(tl.int64)[:, None] * (GROUPS * OUT) + group * OUT + target[None, :]
         values = tl.load(from_x + away, mask=real[:, None] & (source < IN)[None, :], other=0.0)
-        slopes = tl.load(from_grad, mask=(row < rows)[:, None] & (target < OUT)[None, :], other=0.0)
+        slopes = tl.load(from_grad, mask=present[:, None] & (target < OUT)[None, :], other=0.0)
         if WIDEN:
             values, slopes = values.to(tl.float32), slopes.to(tl.float32)
         total = tl.dot(tl.trans(values), slopes, total, input_precision="ieee")

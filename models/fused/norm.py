@@ -48,12 +48,17 @@ class ResidualNorm(nn.LayerNorm):
 
 def residual_norm(x: Tensor, f: Tensor, weight: Tensor, bias: Tensor, eps: float, added: Added) -> Tensor:
     """LayerNorm over the last axis of x and what is `added` of f, both (N, K, D), in the type that torch's operators
-    would give: fp32 under autocast, else the wider of the two. The sum is rounded to the wider one where it is saved.
+    would give: the wider of the two, or `type_of_norm`'s. The sum is rounded to the wider one where it is saved.
     """
     if x.shape != f.shape:
         raise ValueError(f"what is added has the shape {tuple(f.shape)}; it must be that of x, {tuple(x.shape)}")
     saved = torch.is_grad_enabled() and any(t.requires_grad for t in (x, f, weight, bias))
     return ResidualNormed.apply(x, f, weight, bias, eps, added, saved)
+
+
+def type_of_norm(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """What torch makes of `dtype` in a LayerNorm on x's device: autocast has it in fp32 on GPUs, and as it is on CPUs."""
+    return torch.float32 if x.is_cuda and torch.is_autocast_enabled("cuda") else dtype
 
 
 class ResidualNormed(torch.autograd.Function):
@@ -68,7 +73,7 @@ class ResidualNormed(torch.autograd.Function):
         wide = torch.promote_types(x.dtype, f.dtype)
         ctx.types, ctx.added = (x.dtype, f.dtype), added
         x, f = x.contiguous(), f.contiguous()
-        y = torch.empty_like(x, dtype=torch.float32 if torch.is_autocast_enabled(x.device.type) else wide)
+        y = torch.empty_like(x, dtype=type_of_norm(x, wide))
         rows, width = x.numel() // x.shape[-1], x.shape[-1]
         total = torch.empty_like(x, dtype=wide) if saved else None
         moments = x.new_empty(2, rows, dtype=torch.float32) if saved else None

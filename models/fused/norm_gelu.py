@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from models.fused import kernels
+from models.fused.norm import type_of_norm
 
 
 class NormGelu(nn.LayerNorm):
@@ -31,7 +32,8 @@ def norm_gelu(
     eps: float = 1e-5,
 ) -> Tensor:
     """residual + GELU(LayerNorm(x)) over the last axis, with an affine weight and bias (C,) or without both:
-    (N, T, C) -> (N, T, C). Under autocast fp32, else the widest type of x and residual."""
+    (N, T, C) -> (N, T, C). In the type that torch's operators would give: the wider of residual's and
+    `type_of_norm`'s."""
     if not kernels.triton("convolution", x):
         y = F.gelu(F.layer_norm(x, x.shape[-1:], weight, bias, eps))
         return y if residual is None else residual + y
@@ -54,7 +56,7 @@ class NormedGelu(torch.autograd.Function):
     ) -> Tensor:
         from models.fused import norm_kernels
 
-        wide = torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
+        wide = type_of_norm(x, x.dtype)
         ctx.of_residual = None
         if residual is not None:
             wide, ctx.of_residual = torch.promote_types(wide, residual.dtype), residual.dtype
