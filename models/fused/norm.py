@@ -57,7 +57,7 @@ def residual_norm(x: Tensor, f: Tensor, weight: Tensor, bias: Tensor, eps: float
 
 
 def type_of_norm(x: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """What torch makes of `dtype` in a LayerNorm on x's device: autocast has it in fp32 on GPUs, and as it is on CPUs."""
+    """What torch makes of `dtype` in a LayerNorm on the device of x: in fp32 by autocast on GPUs, as it is on CPUs."""
     return torch.float32 if x.is_cuda and torch.is_autocast_enabled("cuda") else dtype
 
 
