@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.config import ModelConfig
 from models.convolution import conv_norm_gelu, convolve
+from models.fused.grouped import GroupedConv1d
 from models.fused.linear import Linear
+from models.fused.norm_gelu import NormGelu
 from models.masks import gather_rows, real_positions, scatter_rows
 
 
@@ -23,7 +24,7 @@ class WaveformEncoder(nn.Module):
             nn.Conv1d(c_in, audio.channels, kernel, stride, bias=False)
             for c_in, kernel, stride in zip(widths, audio.kernels, audio.strides, strict=False)
         )
-        self.norms = nn.ModuleList(nn.LayerNorm(audio.channels) for _ in self.convs)
+        self.norms = nn.ModuleList(NormGelu(audio.channels) for _ in self.convs)
         self.norm = nn.LayerNorm(audio.channels)
         self.proj = Linear(audio.channels, config.width)  # initialised as PyTorch does (docs/method.md 2)
         for conv in self.convs:
@@ -34,7 +35,7 @@ class WaveformEncoder(nn.Module):
         x = waveform.to(self.proj.weight.dtype)[..., None]
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             for conv, norm in zip(self.convs, self.norms, strict=True):
-                x = F.gelu(norm(convolve(conv, x, (x.shape[1],))))
+                x = norm(convolve(conv, x, (x.shape[1],)))
         return self.proj(self.norm(x))
 
 
@@ -46,7 +47,7 @@ class RelativePositions(nn.Module):
         width, audio = config.width, config.audio
         kernel = audio.position_kernel
         self.convs = nn.ModuleList(
-            nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=audio.position_groups)
+            GroupedConv1d(width, width, kernel, padding=kernel // 2, groups=audio.position_groups)
             for _ in range(audio.position_layers)
         )
 

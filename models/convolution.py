@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.fused import grouped, kernels
 from models.fused.linear import linear
+from models.fused.norm_gelu import norm_gelu
 from models.masks import gather_rows
 
 
@@ -14,11 +16,14 @@ def convolve(conv: nn.Module, x: Tensor, shape: tuple[int, ...], ids: Tensor | N
     """`conv` on (N, T, C) over a grid of `shape`, prod(shape) = T -> (N, T', C'), or (N, P, C') at `ids` (N, P) alone.
 
     Activations stay channels-last throughout. A 2-D convolution sees a permuted view of them, which is exactly the
-    layout it is fastest in; in 1-D torch transposes, and still is faster than in 2-D with an axis of 1.
+    layout it is fastest in; in 1-D torch transposes, and still is faster than in 2-D with an axis of 1. The kernels of
+    grouped convolutions, where they are chosen, take the rows as they are.
     """
     n, _, c = x.shape
     if ids is not None and isinstance(conv, WindowConv1d):
         return conv(x, ids)
+    if kernels.triton("grouped", x) and grouped.applicable(conv):
+        return gather_rows(conv(x, shape), ids)
     y = conv(x.view(n, *shape, c).movedim(-1, 1))
     return gather_rows(y.movedim(1, -1).reshape(n, -1, y.shape[1]), ids)
 
@@ -44,7 +49,11 @@ def windows(x: Tensor, ids: Tensor, kernel: int) -> Tensor:
     return padded.flatten(0, 1).index_select(0, rows.flatten()).view(*ids.shape, kernel * c)
 
 
-def conv_norm_gelu(conv: nn.Module, x: Tensor, shape: tuple[int, ...], ids: Tensor | None = None) -> Tensor:
-    """Convolution, LayerNorm over channels without affine (eps 1e-5), GELU; at `ids` (N, P) alone if they are given."""
+def conv_norm_gelu(
+    conv: nn.Module, x: Tensor, shape: tuple[int, ...], ids: Tensor | None = None, residual: bool = False
+) -> Tensor:
+    """Convolution, LayerNorm over channels without affine (eps 1e-5), GELU, and with `residual` plus x where widths
+    agree; at `ids` (N, P) alone if they are given."""
     y = convolve(conv, x, shape, ids)
-    return F.gelu(F.layer_norm(y, y.shape[-1:]))
+    added = gather_rows(x, ids) if residual and x.shape[-1] == y.shape[-1] else None
+    return norm_gelu(y, residual=added)

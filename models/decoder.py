@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from models.config import ModelConfig
 from models.convolution import WindowConv1d, conv_norm_gelu
 from models.encoder import init_linear
+from models.fused.grouped import GroupedConv1d, GroupedConv2d
 from models.fused.linear import Linear
 from models.masks import gather_rows
 
-CONV: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d}
+CONV: dict[int, type[nn.Module]] = {1: GroupedConv1d, 2: GroupedConv2d}
 
 
 class Decoder(nn.Module):
@@ -43,6 +44,5 @@ class Decoder(nn.Module):
         shape = self.grid_shape if len(self.grid_shape) > 1 else (x.shape[1],)
         for i, conv in enumerate(self.convs, 1):
             wanted = ids if i == len(self.convs) else None
-            y = conv_norm_gelu(conv, x, shape, wanted)
-            x = gather_rows(x, wanted) + y if self.residual and x.shape[-1] == y.shape[-1] else y
+            x = conv_norm_gelu(conv, x, shape, wanted, self.residual)
         return x if len(self.convs) else gather_rows(x, ids)

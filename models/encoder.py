@@ -6,8 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.config import ModelConfig
+from models.fused import kernels
 from models.fused.attention import Bias, attention
 from models.fused.linear import Linear
+from models.fused.norm import ResidualNorm
 
 
 class Attention(nn.Module):
@@ -47,9 +49,14 @@ class DropPath(nn.Module):
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
+        factor = self.factor(x)
+        return x if factor is None else x * factor
+
+    def factor(self, x: Tensor) -> Tensor | None:
+        """What to multiply samples by, (N, 1, 1); None where they all stay as they are."""
         if not (self.training and self.rate):
-            return x
-        return x * x.new_empty(len(x), 1, 1).bernoulli_(1 - self.rate).div_(1 - self.rate)
+            return None
+        return x.new_empty(len(x), 1, 1).bernoulli_(1 - self.rate).div_(1 - self.rate)
 
 
 class Block(nn.Module):
@@ -60,16 +67,22 @@ class Block(nn.Module):
         super().__init__()
         width, dropout = config.width, config.dropout
         self.attn = Attention(width, config.heads, dropout.attention)
-        self.norm1 = nn.LayerNorm(width, eps=config.norm_eps)
+        self.norm1 = ResidualNorm(width, eps=config.norm_eps)
         self.mlp = Mlp(width, int(width * config.mlp_ratio), dropout.activation)
-        self.norm2 = nn.LayerNorm(width, eps=config.norm_eps)
+        self.norm2 = ResidualNorm(width, eps=config.norm_eps)
         self.attn_dropout, self.mlp_dropout = nn.Dropout(dropout.residual), nn.Dropout(dropout.mlp)
         self.drop_path = DropPath(path)
 
     def forward(self, x: Tensor, bias: Bias | None = None) -> tuple[Tensor, Tensor]:
-        x = self.norm1(x + self.drop_path(self.attn_dropout(self.attn(x, bias))))
+        x = self.add(x, self.attn(x, bias), self.attn_dropout, self.norm1)
         ffn = self.mlp(x)
-        return self.norm2(x + self.drop_path(self.mlp_dropout(ffn))), ffn
+        return self.add(x, ffn, self.mlp_dropout, self.norm2), ffn
+
+    def add(self, x: Tensor, f: Tensor, dropout: nn.Dropout, norm: ResidualNorm) -> Tensor:
+        """norm(x + f) of two (N, K, D), where dropout and drop path have had f; in one kernel where that is chosen."""
+        if kernels.triton("norm", f):
+            return norm(x, f, dropout.p if dropout.training else 0.0, self.drop_path.factor(f))
+        return norm(x + self.drop_path(dropout(f)))
 
 
 def init_linear(module: nn.Module) -> None:

@@ -265,7 +265,8 @@ def samples(config: ModelConfig, amount: int) -> int:
 
 
 def saved_values(config: ModelConfig, tensor_parallel: int = 1) -> float:
-    """Numbers that one rank keeps for the backward pass of one sample with its masks."""
+    """Numbers that one rank keeps for the backward pass of one sample with its masks, by torch's operators; kernels
+    keep less: a third of a decoder layer, and of a layer of positions or of a waveform, is made again."""
     width, t, m = config.width, config.positions, config.num_masks
     hidden = config.mask.hidden(t)
     tokens = m * visible_tokens(config)
@@ -285,7 +286,7 @@ def saved_values(config: ModelConfig, tensor_parallel: int = 1) -> float:
 
 def dropout_masks(config: ModelConfig) -> float:
     """Bytes kept for the backward pass of one sample with its masks, one for every value that may be dropped; what
-    attention drops is drawn again."""
+    attention drops is drawn again, and by kernels all is."""
     tokens = config.num_masks * visible_tokens(config)
     places = (config.dropout.residual > 0) + (config.dropout.mlp > 0)
     return (config.prenet_depth + config.depth) * places * tokens * config.width

@@ -20,10 +20,12 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Kernels:
-    """Of each fused layer `triton`, `torch`, or `auto`: triton on a GPU where it is installed, else torch.
+    """Of each fused layer `triton`, `torch`, or `auto`: triton on a GPU where it is installed, else torch; of those in
+    `UNMEASURED` torch, until it is known what is faster on hardware.
 
     `attention`: with linear biases, padding or dropout. `norm`: dropout, residual and LayerNorm of a block.
-    `convolution`: LayerNorm over channels, GELU and residual behind a convolution. `targets`: the teacher's outputs
+    `convolution`: LayerNorm over channels, GELU and residual behind a convolution. `grouped`: the convolution itself,
+    where it has groups, as matrix products. `targets`: the teacher's outputs
     normalised and averaged. `loss`: squared error or smooth-L1 with the moments of prediction and target. `rows`: kept
     positions taken and put back, with noise between them. `teacher`: the average's update and its cast.
     """
@@ -31,12 +33,14 @@ class Kernels:
     attention: str = "auto"
     norm: str = "auto"
     convolution: str = "auto"
+    grouped: str = "auto"
     targets: str = "auto"
     loss: str = "auto"
     rows: str = "auto"
     teacher: str = "auto"
 
 
+UNMEASURED = ("grouped",)
 CHOICES = ("auto", "triton", "torch")
 _used = Kernels()
 
@@ -64,4 +68,5 @@ def use(kernels: Kernels) -> None:
 def triton(part: str, x: Tensor) -> bool:
     """Whether `part`, a field of `Kernels`, is computed by a kernel of ours for tensors like x."""
     choice = getattr(_used, part)
-    return choice == "triton" or (choice == "auto" and AVAILABLE and x.is_cuda and x.dtype in DTYPES)
+    automatic = choice == "auto" and part not in UNMEASURED
+    return choice == "triton" or (automatic and AVAILABLE and x.is_cuda and x.dtype in DTYPES)
