@@ -64,4 +64,6 @@ def use(kernels: Kernels) -> None:
 def triton(part: str, x: Tensor) -> bool:
     """Whether `part`, a field of `Kernels`, is computed by a kernel of ours for tensors like x."""
     choice = getattr(_used, part)
-    return choice == "triton" or (choice == "auto" and AVAILABLE and x.is_cuda and x.dtype in DTYPES)
+    if choice == "triton":
+        return x.is_cuda or INTERPRETED  # what an engine keeps on the host stays with torch
+    return choice == "auto" and AVAILABLE and x.is_cuda and x.dtype in DTYPES
