@@ -2,6 +2,7 @@
 Triton's interpreter; and that a GPU's compiler takes them."""
 
 import dataclasses
+import importlib
 import itertools
 import os
 import subprocess
@@ -55,6 +56,20 @@ def some(kept, rows=B * M, length=T, seed=0):
     return torch.stack([torch.randperm(length, generator=generator)[:kept].sort().values for _ in range(rows)])
 
 
+def counted(monkeypatch, path, name):
+    """A list that grows by one for every launch of a kernel."""
+    module = importlib.import_module(path)
+    launched, kernel = [], getattr(module, name)
+
+    class Counting:
+        def __getitem__(self, grid):
+            launched.append(grid)
+            return kernel[grid]
+
+    monkeypatch.setattr(module, name, Counting())
+    return launched
+
+
 def over_time(x):
     return F.instance_norm(x.mT).mT
 
@@ -68,7 +83,8 @@ NORMS = list(itertools.product([False, True], repeat=4))
 
 @pytest.mark.parametrize(("dtype", "extra"), [(torch.float32, 1), (torch.bfloat16, 0)])
 @pytest.mark.parametrize("norms", NORMS, ids=str)
-def test_targets_are_those_of_float64(norms, dtype, extra):
+def test_targets_are_those_of_float64(norms, dtype, extra, monkeypatch):
+    launched = counted(monkeypatch, "models.fused.targets", "add_rows")
     blocks = [values(B, extra + T, D, seed=i, mean=20.0 * i).to(dtype) for i in range(3)]
     before = [block.clone() for block in blocks]
     layers = [block[:, extra:].double() for block in blocks]
@@ -79,7 +95,7 @@ def test_targets_are_those_of_float64(norms, dtype, extra):
         expected = norm(expected) if wanted else expected
     config = TargetConfig(3, *norms)
     out = mean_target((block[:, extra:] for block in blocks), config)
-    assert out.dtype == torch.float32
+    assert out.dtype == torch.float32 and len(launched) == 4 + norms[3]
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=2e-5)
     assert all(torch.equal(a, b) for a, b in zip(before, blocks, strict=True))
 
@@ -110,6 +126,7 @@ def test_regression_is_that_of_float64(dtype, beta, mean):
     prediction.requires_grad_()
     loss, *moments = regression(prediction, targets, ids, beta, scale)
     (ours,) = torch.autograd.grad(1.5 * loss, prediction)
+    assert loss.grad_fn.name() == "RegressionLossBackward"
     assert loss.dtype == torch.float32 and ours.dtype == dtype
     assert float(loss.detach()) == pytest.approx(scale * float(each.detach().sum()), rel=1e-6)
     torch.testing.assert_close(ours.double(), gradient, rtol=1e-5 if dtype == torch.float32 else 2**-7, atol=1e-6)
@@ -139,7 +156,7 @@ def test_rows_are_taken_and_put_back(dtype):
     upstream, twin = values(B * M, 5, D, seed=1).to(dtype), x.detach().double().requires_grad_()
     plain = wanted(twin, ids)
     kept = gather_rows(x, ids)
-    assert torch.equal(kept.double(), plain)
+    assert kept.grad_fn.name() == "GatherBackward" and torch.equal(kept.double(), plain)
     (ours,) = torch.autograd.grad(kept, x, upstream)
     (expected,) = torch.autograd.grad(plain, twin, upstream.double())
     assert not expected.any(-1).all() and expected.any()  # some positions are in no mask
@@ -150,7 +167,7 @@ def test_rows_are_taken_and_put_back(dtype):
     rows = torch.arange(B * M)[:, None]
     expected = torch.zeros(B * M, length, D, dtype=dtype)
     expected[rows, ids] = kept.detach()
-    assert torch.equal(full, expected)
+    assert full.grad_fn.name() == "ScatterBackward" and torch.equal(full, expected)
     upstream = values(B * M, length, D, seed=2).to(dtype)
     (gradient,) = torch.autograd.grad(full, kept, upstream)
     assert torch.equal(gradient, upstream[rows, ids])
@@ -211,8 +228,9 @@ WEIGHTS = [1e-3, 0.3, 0.4999999, 0.5, 0.7, 1.0]
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("weight", WEIGHTS)
-def test_the_teacher_moves_bit_for_bit_as_torch_moves_it(weight, dtype):
+def test_the_teacher_moves_bit_for_bit_as_torch_moves_it(weight, dtype, monkeypatch):
     """Of two tensors; and of what overflows, underflows or is no number."""
+    launched = counted(monkeypatch, "models.fused.lerp", "move")
     special = [float("inf"), -0.0, 3.4e38, -7e4, 1e-40, 1e-6, 1 + 2**-8, 1 + 3 * 2**-8, 0.0]
     results = []
     for choice in (kernels.Kernels(), OURS):
@@ -222,6 +240,7 @@ def test_the_teacher_moves_bit_for_bit_as_torch_moves_it(weight, dtype):
         copies = [torch.zeros_like(a, dtype=dtype) for a in averages]
         move(averages, masters, copies, weight)
         results.append((*averages, *copies))
+    assert len(launched) == 2
     for plain, fused in zip(*results, strict=True):
         assert torch.equal(plain.isnan(), fused.isnan())
         assert torch.equal(plain.nan_to_num(7.0), fused.nan_to_num(7.0))
