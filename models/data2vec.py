@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -20,9 +21,9 @@ from models.decoder import Decoder
 from models.encoder import Block, init_linear
 from models.fused.attention import Bias
 from models.image import PatchEmbedding, SinCosPositions
-from models.masks import gather_rows, real_positions, scatter_rows
+from models.masks import real_positions, scatter_rows
 from models.movable import Movable
-from models.targets import Moments, moments, normalise_layer, normalise_mean, summed_loss
+from models.targets import Moments, mean_target, regression, summed_loss
 from models.text import InFeatures, TokenEmbedding
 
 
@@ -223,17 +224,11 @@ class Data2Vec(nn.Module):
         `features` are the student's, which the teacher takes unless it has a local encoder of its own.
         """
         config, extra = self.config.targets, self.config.extra_tokens
-        first = self.config.depth - config.top_k_layers
-        total: Tensor | None = None
         if self.teacher.local is not None:
             features = self.teacher.local(inputs, lengths)
         x, bias = self.teacher.context(features, lengths=lengths)
-        for i, (_, ffn) in enumerate(self.teacher.layers(x, bias)):
-            if i >= first:
-                layer = normalise_layer(ffn[:, extra:], config)
-                total = layer if total is None else total.add_(layer)
-        assert total is not None
-        return normalise_mean(total / config.top_k_layers, config)
+        top = islice(self.teacher.layers(x, bias), self.config.depth - config.top_k_layers, None)
+        return mean_target((ffn[:, extra:] for _, ffn in top), config)
 
     def teacher_states(self, inputs: Tensor, lengths: Tensor | None = None) -> Iterator[Tensor]:
         """What the teacher makes of full inputs: see `Encoder.states`."""
@@ -261,15 +256,14 @@ class Data2Vec(nn.Module):
         targets = self.targets(batch.inputs, features.detach(), batch.lengths)
         encoded = self.student(features, batch.ids_keep, batch.lengths, self.dropped_blocks(seed))
         prediction = self.predict(encoded, batch)
-        target = gather_rows(targets, batch.ids_mask)
 
-        regression = summed_loss(prediction, target, loss.beta, scale)
-        cls = regression.new_zeros(())
+        error, predicted, wanted = regression(prediction, targets, batch.ids_mask, loss.beta, scale)
+        cls = error.new_zeros(())
         if loss.cls:
             token = encoded[:, self.config.extra_tokens - 1]
             mean = targets.mean(dim=1).repeat_interleave(len(token) // len(targets), dim=0)
             cls = summed_loss(token, mean, loss.beta, scale)
-        return Output(regression, cls, moments(prediction), moments(target))
+        return Output(error, cls, predicted, wanted)
 
     def dropped_blocks(self, seed: int) -> frozenset[int]:
         return dropped_blocks(self.config, seed) if self.training else frozenset()

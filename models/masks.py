@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from models.config import MaskConfig
+from models.fused import kernels
 
 U64 = NDArray[np.uint64]
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -112,10 +113,14 @@ def draw_spans(
 def gather_rows(x: Tensor, ids: Tensor | None) -> Tensor:
     """(B, T, D) and ids (B*M, K) -> (B*M, K, D): row b*M+m takes its positions from sample b, without M copies of x.
 
-    Without ids, x itself.
+    Without ids, x itself. Those of a row are distinct.
     """
     if ids is None:
         return x
+    if kernels.triton("rows", x):
+        from models.fused.rows import Gather
+
+        return Gather.apply(x, ids)
     b, _, d = x.shape
     flat = ids.reshape(b, -1)
     return x.gather(1, flat[..., None].expand(-1, -1, d)).view(*ids.shape, d)
@@ -126,8 +131,13 @@ def scatter_rows(
 ) -> Tensor:
     """(N, K, D) put back at their places among `length`; Gaussian noise, or zero, everywhere else. -> (N, T, D).
 
-    The noise of a sample's M rows comes from its own seed, so that it does not depend on how samples are batched.
+    The noise of a sample's M rows comes from its own seed, so that it does not depend on how samples are batched. The
+    kernel draws other numbers from a seed than torch's generators, as these do on unlike devices.
     """
+    if kernels.triton("rows", kept):
+        from models.fused.rows import scatter
+
+        return scatter(kept, ids_keep, length, noise_std, seeds)
     n, _, d = kept.shape
     full = kept.new_zeros(n, length, d)
     if noise_std:

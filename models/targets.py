@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.config import TargetConfig
+from models.fused import kernels
+from models.masks import gather_rows
+
+
+def mean_target(blocks: Iterable[Tensor], config: TargetConfig) -> Tensor:
+    """MLP outputs (B, T, D) of the teacher's top blocks, of which none is kept -> targets (B, T, D) in fp32: each
+    normalised, averaged, and normalised again (docs/method.md 1.5)."""
+    total: Tensor | None = None
+    for ffn in blocks:
+        if kernels.triton("targets", ffn):
+            from models.fused.targets import add_layer
+
+            total = add_layer(total, ffn, config)
+        else:
+            layer = normalise_layer(ffn, config)
+            total = layer if total is None else total.add_(layer)
+    assert total is not None
+    if kernels.triton("targets", total):
+        from models.fused.targets import finish
+
+        return finish(total, config)
+    return normalise_mean(total / config.top_k_layers, config)
 
 
 def normalise_layer(ffn: Tensor, config: TargetConfig) -> Tensor:
@@ -42,6 +65,20 @@ def summed_loss(prediction: Tensor, target: Tensor, beta: float, scale: float) -
     if beta > 0:
         return F.smooth_l1_loss(prediction, target, beta=beta, reduction="sum") * scale
     return F.mse_loss(prediction, target, reduction="sum") * scale
+
+
+def regression(
+    prediction: Tensor, targets: Tensor, ids_mask: Tensor, beta: float, scale: float
+) -> tuple[Tensor, Moments, Moments]:
+    """Predictions (N, P, D) for the hidden positions `ids_mask` (N, P) of targets (B, T, D) -> `summed_loss`, and the
+    moments of predictions and of what they should have been."""
+    if kernels.triton("loss", prediction):
+        from models.fused.loss import regression_loss
+
+        loss, n, mean, m2 = regression_loss(prediction, targets, ids_mask, beta, scale)
+        return loss, Moments(n, mean[0], m2[0]), Moments(n, mean[1], m2[1])
+    target = gather_rows(targets, ids_mask)
+    return summed_loss(prediction, target, beta, scale), moments(prediction), moments(target)
 
 
 class Moments(NamedTuple):

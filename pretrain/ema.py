@@ -2,7 +2,9 @@
 
 Each rank averages the shard of the student's masters that it owns, without communication. What the forward pass reads,
 the low-precision teacher parameters, follows from the shards: copied at stage 0, gathered once per flat buffer at
-stages 1 and 2; at stage 3 they are shards themselves, which the engine gathers block by block.
+stages 1 and 2; at stage 3 they are shards themselves, which the engine gathers block by block. On a GPU an average is
+moved and copied in one pass, a launch a tensor: for each parameter at stage 0, for each of the optimizer's flat buffers
+(two; at stage 3 one a sub-group of each) above.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from models.data2vec import Data2Vec
+from models.fused import kernels
 from pretrain.pieces import TEACHER, masters, stretches
 
 
@@ -29,7 +32,8 @@ class ShardedTeacher:
     def __init__(self, engine: deepspeed.DeepSpeedEngine, model: Data2Vec) -> None:
         self.masters: list[Tensor] = []  # the student's, fp32
         self.averages: list[Tensor] = []  # the teacher's, fp32, same shapes
-        self._publish: list[tuple[Tensor, Tensor, dist.ProcessGroup | None]] = []  # (target, average or shard, group)
+        self._copies: list[Tensor | None] = []  # of the averages, in low precision or on another device
+        self._gathered: list[tuple[Tensor, dist.ProcessGroup]] = []  # buffers of which this rank has written its shard
         self._average_of: dict[int, Tensor] = {}  # id of the optimizer's tensor -> average
         pairs, stage = list(model.tracked()), engine.zero_optimization_stage()
         with torch.no_grad():
@@ -51,25 +55,26 @@ class ShardedTeacher:
         if decay >= 1:
             return
         with torch.no_grad():
-            torch._foreach_lerp_(self.averages, self.masters, 1 - decay)
-        self.publish()
+            move(self.averages, self.masters, self._copies, 1 - decay)
+            self._gather()
 
     @torch.no_grad()
     def publish(self) -> None:
         """Makes the forward pass see the averages."""
-        for target, average, group in self._publish:
-            if group is None:
-                target.copy_(average)
-                continue
-            shard = target.view(dist.get_world_size(group), -1)[dist.get_rank(group)]
-            if shard.data_ptr() != average.data_ptr():
-                shard.copy_(average)
-            if dist.get_world_size(group) > 1:
-                dist.all_gather_into_tensor(target, shard, group=group)
+        for average, copy in zip(self.averages, self._copies, strict=True):
+            if copy is not None:
+                copy.copy_(average)
+        self._gather()
 
-    def _adopt(self, master: Tensor, average: Tensor) -> None:
+    def _gather(self) -> None:
+        for buffer, group in self._gathered:
+            shard = buffer.view(dist.get_world_size(group), -1)[dist.get_rank(group)]
+            dist.all_gather_into_tensor(buffer, shard, group=group)
+
+    def _adopt(self, master: Tensor, average: Tensor, copy: Tensor | None) -> None:
         self.masters.append(master.data)
         self.averages.append(average)
+        self._copies.append(copy)
         self._average_of[id(master)] = average
 
     def _adopt_parameters(self, engine: deepspeed.DeepSpeedEngine, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
@@ -77,9 +82,8 @@ class ShardedTeacher:
         master_of = {id(student): master for student, master in masters(engine)}
         for student, teacher in pairs:
             average = teacher.data.float()  # itself if it is fp32 already
-            self._adopt(master_of[id(student)], average)
-            if teacher.dtype != torch.float32:
-                self._publish.append((teacher.data, average, None))
+            copy = None if teacher.dtype == torch.float32 else teacher.data
+            self._adopt(master_of[id(student)], average, copy)
 
     def _adopt_flat_groups(self, optimizer: Any, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Stages 1 and 2: the optimizer keeps a flat low-precision buffer a group, cut into equal shards, and the fp32
@@ -99,29 +103,57 @@ class ShardedTeacher:
                 teacher.data = slot
             low = dist.get_rank(process_group) * master.numel()
             shard = buffer[low : low + master.numel()]
-            average = shard if (shard.dtype, shard.device) == (master.dtype, master.device) else shard.to(master)
-            self._adopt(master, average)
-            self._publish.append((buffer, average, process_group))
+            if alike(shard, master):
+                self._adopt(master, shard, None)
+            else:
+                self._adopt(master, shard.to(master), shard)
+            if dist.get_world_size(process_group) > 1:
+                self._gathered.append((buffer, process_group))
         if teacher_of:
             raise RuntimeError(f"ZeRO's groups lack {len(teacher_of)} of {len(pairs)} parameters to average")
 
     def _adopt_partitions(self, optimizer: Any, pairs: Sequence[tuple[Any, Any]]) -> None:
         """Stage 3: the optimizer keeps the fp32 masters of this rank's partitions one after the other, a flat buffer a
-        sub-group; averages are laid out in the same way, and in fp32 the teacher's partitions are views of them."""
+        sub-group; averages are laid out in the same way, and the teacher's partitions are views of their copies or, in
+        fp32, of themselves."""
+        read_of: dict[int, Tensor] = {}  # id of the optimizer's tensor -> what the forward pass reads
         for student, teacher in pairs:
             group, offset, count = optimizer.grad_position[optimizer.get_param_id(student)]
             master = optimizer.fp32_partitioned_groups_flat[group]
-            if id(master) not in self._average_of:
-                self._adopt(master, torch.zeros_like(master.data))
             teacher.ds_persist = False  # what is small enough would stay gathered and never see an update
             teacher.partition()
             partition = teacher.ds_tensor
             if partition.numel() != count:
                 raise RuntimeError(f"a partition of {partition.numel()} values is averaged from one of {count}")
-            average = self._average_of[id(master)][offset : offset + count]
-            average.copy_(partition)
-            if (partition.dtype, partition.device) == (average.dtype, average.device):
-                partition.data = average
-            else:
-                self._publish.append((partition.data, average, None))
+            if id(master) not in self._average_of:
+                average = torch.zeros_like(master.data)
+                read = average if alike(partition, master) else partition.new_zeros(master.numel())
+                self._adopt(master, average, None if read is average else read)
+                read_of[id(master)] = read
+            own = slice(offset, offset + count)
+            self._average_of[id(master)][own].copy_(partition)
+            slot = read_of[id(master)][own]
+            slot.copy_(partition)
+            partition.data = slot
         optimizer.persistent_parameters[:] = [p for p in optimizer.persistent_parameters if p.ds_persist]
+
+
+def alike(a: Tensor, b: Tensor) -> bool:
+    return (a.dtype, a.device) == (b.dtype, b.device)
+
+
+def move(averages: Sequence[Tensor], masters: Sequence[Tensor], copies: Sequence[Tensor | None], weight: float) -> None:
+    """averages += weight * (masters - averages), in fp32, and copies = averages, where there are any."""
+    plain = []
+    for average, master, copy in zip(averages, masters, copies, strict=True):
+        if copy is not None and copy.device == average.device and kernels.triton("teacher", average):
+            from models.fused.lerp import lerp
+
+            lerp(average, master, weight, copy)
+        else:
+            plain.append((average, master, copy))
+    if plain:
+        torch._foreach_lerp_([average for average, _, _ in plain], [master for _, master, _ in plain], weight)
+    for average, _, copy in plain:
+        if copy is not None:
+            copy.copy_(average)

@@ -25,9 +25,9 @@ class Kernels:
 
     `attention`: with linear biases, padding or dropout. `norm`: dropout, residual and LayerNorm of a block.
     `convolution`: LayerNorm over channels, GELU and residual behind a convolution. `grouped`: the convolution itself,
-    where it has groups, as matrix products. `targets`: the teacher's outputs
-    normalised and averaged. `loss`: squared error or smooth-L1 with the moments of prediction and target. `rows`: kept
-    positions taken and put back, with noise between them. `teacher`: the average's update and its cast.
+    where it has groups, as matrix products. `targets`: the teacher's outputs normalised and averaged. `loss`: squared
+    error or smooth-L1 with the moments of prediction and target. `rows`: kept positions taken and put back, with noise
+    between them. `teacher`: the average's update and its cast.
     """
 
     attention: str = "auto"
@@ -68,5 +68,7 @@ def use(kernels: Kernels) -> None:
 def triton(part: str, x: Tensor) -> bool:
     """Whether `part`, a field of `Kernels`, is computed by a kernel of ours for tensors like x."""
     choice = getattr(_used, part)
+    if choice == "triton":
+        return x.is_cuda or INTERPRETED  # what an engine keeps on the host stays with torch
     automatic = choice == "auto" and part not in UNMEASURED
-    return choice == "triton" or (automatic and AVAILABLE and x.is_cuda and x.dtype in DTYPES)
+    return automatic and AVAILABLE and x.is_cuda and x.dtype in DTYPES

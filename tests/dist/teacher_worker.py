@@ -27,6 +27,7 @@ from pretrain.train import Trainer
 
 STEPS = 4
 OFFLOADED = ("1_offload", "3_offload", "2_offload")  # one for each precision
+FUSED = (("0", "fp16"), ("1", "bf16"), ("3", "bf16"))  # these by the kernel, too, through Triton's interpreter
 
 
 def full_student(trainer: Trainer) -> dict[str, Tensor]:
@@ -67,8 +68,9 @@ def poisoned(batch: Batch) -> Batch:
     return replace(batch, inputs=pixels)
 
 
-def scenario(zero: str, precision: str, world: parallel.World) -> dict[str, Any]:
+def scenario(zero: str, precision: str, world: parallel.World, kernel: str = "torch") -> dict[str, Any]:
     overrides = [f"train.precision={precision}", f"train.deepspeed=ds_configs/zero{zero}.json", "train.micro_batch=2"]
+    overrides.append(f"train.kernels.teacher={kernel}")
     config = load("tests/tiny.yaml", overrides)
     trainer = Trainer(config, world)
     batches = build_loader(build_dataset(config), config, trainer.plan, world, 0)
@@ -126,5 +128,6 @@ if __name__ == "__main__":
     lines = []
     for zero, precision in [*product("0123", PRECISIONS), *zip(OFFLOADED, PRECISIONS, strict=True)]:
         lines.append(json.dumps(scenario(zero, precision, world)))
+    lines += [json.dumps(scenario(zero, precision, world, "triton")) for zero, precision in FUSED]
     (Path(sys.argv[1]) / f"rank{world.rank}.jsonl").write_text("\n".join(lines))
     parallel.stop()
