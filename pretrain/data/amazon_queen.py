@@ -48,7 +48,8 @@ def prepare(unpacked: Path, target: Path) -> None:
     """Clips of 1 to 12 s with 4 to 22 characters a second in train/ and test/, their texts in train.tsv and test.tsv.
 
     Clips whose names have the first two characters in common, as those of a dialogue, are all in train or all in
-    test; test is 8 % of the speech. train.tsv leaves out what is said in test, too. Raises DataError if the archive is damaged or another one.
+    test; test is 8 % of the speech. train.tsv leaves out what is said in test, too. Raises DataError if the archive is
+    damaged or another one.
     """
     files = _files((unpacked / _ARCHIVE).read_bytes())
     tables: dict[str, list[tuple[str, str]]] = {"train": [], "test": []}
