@@ -25,7 +25,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LEAST = tl.constexpr(torch.finfo(torch.float32).min)  # a logit of padding
 INTERPRETED = tl.constexpr(kernels.INTERPRETED)
 SHARE = tl.constexpr(2**16)  # weights are dropped with a probability of so many parts
-ROUNDS = tl.constexpr(7)  # the fewest with which Philox 4x32 passes BigCrush (Salmon et al. 2011, table 2)
+ROUNDS = tl.constexpr(7)  # with as many Philox 4x32 passes BigCrush (Salmon et al. 2011)
 
 
 class Tile(NamedTuple):
@@ -44,9 +44,10 @@ class Tiles(NamedTuple):
 
 
 def tiles(dtype: torch.dtype, width: int) -> Tiles:
-    """For heads of `width`. A table, as trying at run time would make results depend on the clock: the largest that
-    compute capability 9.0 holds in registers with everything on. None was timed."""
-    if dtype == torch.float32:  # no tensor cores: products are exact
+    """For heads of `width`. A table, as trying at run time would make results depend on the clock. Chosen by what the
+    assembler says of compute capability 9.0 with everything on: no register spilled at half precision, few in fp32.
+    None was timed."""
+    if dtype == torch.float32:  # no tensor cores: they would round what is multiplied
         if width <= 64:
             return Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1))
         return Tiles(Tile(32, 16, 8, 1), Tile(16, 32, 8, 1), Tile(32, 32, 8, 1))
@@ -190,7 +191,7 @@ def kept(
     return tl.reshape(tl.join(low, high) >= DROPPED, (queries.shape[0], KEYS))
 
 
-@triton.jit(do_not_specialize=["seed", "length"])
+@triton.jit(do_not_specialize=["seed", "length", "by_positions"])
 def forward_kernel(
     qkv: tl.tensor, slope: tl.tensor, positions: tl.tensor, padding: tl.tensor, out: tl.tensor, lse: tl.tensor,
     seed: tl.tensor, length: tl.tensor, heads: tl.tensor, by_row: tl.tensor, by_position: tl.tensor,
@@ -236,7 +237,7 @@ def forward_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["seed", "length"])
+@triton.jit(do_not_specialize=["seed", "length", "by_positions"])
 def query_gradient_kernel(
     qkv: tl.tensor, slope: tl.tensor, positions: tl.tensor, padding: tl.tensor, out: tl.tensor, lse: tl.tensor,
     grad: tl.tensor, to_qkv: tl.tensor, delta: tl.tensor, by_tile: tl.tensor,
@@ -288,7 +289,7 @@ def query_gradient_kernel(
         tl.store(by_tile + (row * tl.cdiv(length, QUERIES) + block) * heads + head, tl.sum(tilt))
 
 
-@triton.jit(do_not_specialize=["seed", "length"])
+@triton.jit(do_not_specialize=["seed", "length", "by_positions"])
 def key_gradient_kernel(
     qkv: tl.tensor, slope: tl.tensor, positions: tl.tensor, padding: tl.tensor, lse: tl.tensor, grad: tl.tensor,
     to_qkv: tl.tensor, delta: tl.tensor,

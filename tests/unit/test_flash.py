@@ -153,7 +153,7 @@ def test_dropout_follows_seed_and_stream_alone() -> None:
 
 
 def philox(key: int, counter: tuple[int, ...]) -> list[int]:
-    """Philox 4x32 of 7 rounds, four words (Salmon, Moraes, Dror & Shaw 2011, section 3.3)."""
+    """Philox 4x32 of 7 rounds, four words (Salmon, Moraes, Dror & Shaw 2011)."""
     a, b, c, d = counter
     low, high = key % 2**32, key >> 32
     for _ in range(7):

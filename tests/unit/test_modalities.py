@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.alibi import Alibi, distances, slopes
+from models.alibi import Alibi, slopes
 from models.config import (
     RATE,
     AudioConfig,
@@ -175,7 +175,9 @@ def test_a_negative_scale_gives_neither_bias_nor_gradient() -> None:
     assert slope.tolist() == [-0.25, 0, -2 * 0.015625, 0]
     slope.sum().backward()
     assert alibi.scale.grad[1] == 0 and alibi.scale.grad[0] == -0.25
-    assert distances(torch.tensor([[0, 3, 7]])).tolist() == [[[0, 3, 7], [3, 0, 4], [7, 4, 0]]]
+    bias = Bias(slope, torch.tensor([[0, 3, 7]]))
+    assert bias.distance.tolist() == [[[0, 3, 7], [3, 0, 4], [7, 4, 0]]]
+    assert bias.distance is bias.distance  # all blocks share it
 
 
 def test_frames_are_those_of_the_convolutions() -> None:
