@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.alibi import Alibi, distances
+from models.alibi import Alibi
 from models.audio import RelativePositions, WaveformEncoder
 from models.config import ModelConfig
 from models.decoder import Decoder
@@ -153,7 +153,7 @@ class Encoder(nn.Module):
         if lengths is not None:
             per_row = lengths if ids_keep is None else lengths.repeat_interleave(len(ids_keep) // len(lengths))
             padding = ids >= per_row[:, None]
-        return Bias(self.alibi(), distances(ids), padding) if self.alibi is not None else Bias(padding=padding)
+        return Bias(self.alibi(), ids, padding) if self.alibi is not None else Bias(padding=padding)
 
     def layers(
         self, x: Tensor, bias: Bias | None = None, dropped: Collection[int] = ()

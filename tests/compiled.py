@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
 
 
-def compiled(program: str) -> list[str]:
+class Compiled(NamedTuple):
+    name: str
+    shared: int  # bytes of shared memory
+    tensor_cores: bool  # takes Hopper's
+
+
+def compiled(program: str) -> list[Compiled]:
     """Runs Python in a process of its own, in which every launch of a kernel compiles it for just these arguments, down
-    to machine code, and then does nothing. -> one line for each kernel compiled: its name and registers spilled.
+    to machine code, and then does nothing. -> the different kernels that came of it.
 
     Raises AssertionError with the compiler's own words.
     """
@@ -23,7 +30,7 @@ def compiled(program: str) -> list[str]:
         [sys.executable, "-c", source], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300
     )
     assert found.returncode == 0, found.stderr
-    return found.stdout.splitlines()
+    return [Compiled(*kernel) for kernel in json.loads(found.stdout.splitlines()[-1])]
 
 
 def pretend() -> Any:
@@ -31,6 +38,8 @@ def pretend() -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
+
+    from models.fused import kernels
 
     class Driver:
         def get_current_target(self) -> GPUTarget:
@@ -42,7 +51,7 @@ def pretend() -> Any:
         def get_current_stream(self, device: int) -> int:
             return 0
 
-    made: dict[str, None] = {}
+    made: dict[str, Compiled] = {}
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -50,12 +59,13 @@ def pretend() -> Any:
         assert kernel.asm["cubin"]
         shared = kernel.metadata.shared
         assert shared <= 227 * 1024, f"{self.__name__}: {shared} bytes of shared memory, Hopper has 232448"
-        made[f"{self.__name__} {kernel.hash}"] = None
+        made[kernel.hash] = Compiled(self.__name__, shared, "wgmma" in kernel.asm["ptx"])
 
     triton.runtime.driver.set_active(Driver())
+    kernels.triton = lambda part, x: getattr(kernels._used, part) == "triton"  # as if x were on it
     JITFunction.run = compile_only
 
     def show() -> None:
-        print("\n".join(name.split()[0] for name in made))
+        print(json.dumps(list(made.values())))
 
     return show

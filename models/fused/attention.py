@@ -1,19 +1,24 @@
 """Attention whose logits get a bias, or whose weights are dropped out, in memory that does not grow with the rows.
 
 torch's fused kernels take no such bias with a gradient for its scale, and on the CPU no dropout; what they fall back to
-keeps several (N, H, K, K) tensors a block. Here logits, weights and what is dropped of them exist for a few rows at a
-time, forward and again backward. The plain twin is `plain_attention`.
+keeps several (N, H, K, K) tensors a block. On GPUs kernels of ours take over, `flash.py`. Elsewhere, and without
+Triton, logits, weights and what is dropped of them exist for a few rows at a time, forward and again backward. The
+plain twin of both is `plain_attention`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from models.alibi import distances
+from models.fused import kernels
 
 LEAST = torch.finfo(torch.float32).min  # unlike -inf, a row that sees nothing but padding stays finite
 STREAM = 0x9E3779B97F4A7C15 >> 2  # far apart: pieces of rows use the seeds that follow the first
@@ -22,45 +27,49 @@ LOGITS = {"cpu": 2**20, "cuda": 2**26}  # how many at a time, or those of one ro
 
 @dataclass(frozen=True, eq=False)
 class Bias:
-    """logits[n, h, i, j] += slope[h] * distance[n, i, j], and `LEAST` where key j is padding. Shared by all heads,
-    blocks and, with a first axis of 1, rows: nothing of size (N, H, K, K) is ever made of it."""
+    """logits[n, h, i, j] += slope[h] * |positions[n, i] - positions[n, j]|, and `LEAST` where key j is padding. Shared
+    by all heads, blocks and, with a first axis of 1, rows: nothing of size (N, H, K, K) is ever made of it."""
 
     slope: Tensor | None = None  # (H,) fp32
-    distance: Tensor | None = None  # (N or 1, K, K) fp32
+    positions: Tensor | None = None  # (N or 1, K) where what is kept was
     padding: Tensor | None = None  # (N, K) bool
+
+    @cached_property
+    def distance(self) -> Tensor | None:
+        """(N or 1, K, K) fp32, made for the first block that asks."""
+        return None if self.positions is None else distances(self.positions)
 
 
 def attention(qkv: Tensor, bias: Bias | None = None, dropout: float = 0.0, stream: int | None = None) -> Tensor:
     """Softmax attention of (N, K, 3, H, W) -> (N, K, H*W). Logits are scaled by W^-0.5, bias and softmax fp32.
 
     What is dropped is drawn from one of many streams: ranks whose generators agree draw differently in their own, and
-    their generators agree afterwards.
+    their generators agree afterwards. The two implementations draw differently.
     """
     if bias is None and not dropout:
         return unbiased_attention(qkv)
     seed = int(torch.randint(2**62, ())) if dropout else 0  # the host's generator: nothing waits for the device
     if stream is not None:
         seed = (seed + stream * STREAM) % 2**62
-    if bias is None and qkv.is_cuda:
-        if stream is None:
-            return unbiased_attention(qkv, dropout)
-        with torch.random.fork_rng([qkv.device]):  # not run on hardware
-            torch.cuda.manual_seed(seed)
-            return unbiased_attention(qkv, dropout)
     bias = bias or Bias()
+    if kernels.triton("attention", qkv):
+        from models.fused.flash import FlashAttention  # Triton may be missing, and takes long to import
+
+        return FlashAttention.apply(qkv, bias.slope, bias.positions, bias.padding, dropout, seed)
     return BiasedAttention.apply(qkv, bias.slope, bias.distance, bias.padding, dropout, seed)
 
 
-def unbiased_attention(qkv: Tensor, dropout: float = 0.0) -> Tensor:
+def unbiased_attention(qkv: Tensor) -> Tensor:
     """torch's fused attention."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).flatten(2)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 def plain_attention(qkv: Tensor, bias: Bias | None = None) -> Tensor:
-    """The same without dropout, in one piece: what the fused one is tested against."""
+    """The same without dropout, in one piece: what the fused ones are tested against, in float64 if qkv is."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    logits = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).float()
+    logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    logits = logits.to(torch.promote_types(q.dtype, torch.float32))
     if bias is not None and bias.slope is not None and bias.distance is not None:
         logits = logits + bias.slope[:, None, None] * bias.distance[:, None]
     if bias is not None and bias.padding is not None:
@@ -116,6 +125,8 @@ class BiasedAttention(torch.autograd.Function):
                 to_weights.mul_(factor)
             to_v = torch.bmm(dropped.to(g.dtype).transpose(1, 2), g)
             to_logits = torch._softmax_backward_data(to_weights, weights, -1, torch.float32)
+            if padding is not None:  # whose weights are not zero where there is nothing else to see
+                to_logits.view(-1, heads, t, t).masked_fill_(padding[rows, None, None], 0)
             if to_slope is not None:
                 by_row = to_logits.view(-1, heads, t * t)
                 far = distance[rows if len(distance) > 1 else slice(None)].view(-1, 1, t * t)

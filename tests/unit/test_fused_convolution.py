@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -239,5 +240,5 @@ GroupedConv1d(768, 384, 7, padding=3, groups=16).bfloat16()(x, (25,)).sum().back
 GroupedConv2d(256, 256, 3, padding=1, groups=16)(x[..., :256].float(), (5, 5)).sum().backward()
 """
     )
-    counted = {name: found.count(name) for name in set(found)}
+    counted = Counter(kernel.name for kernel in found)
     assert counted == {"norm_gelu_forward": 4, "norm_gelu_backward": 4, "convolve": 4, "weight_gradient": 2}

@@ -210,4 +210,4 @@ for dtype in (torch.float32, torch.bfloat16):
     norm(x, x.detach().bfloat16(), 0.1, torch.ones(3)).sum().backward()
 """
     )
-    assert sorted(found) == ["residual_norm_backward"] * 4 + ["residual_norm_forward"] * 4
+    assert sorted(kernel.name for kernel in found) == ["residual_norm_backward"] * 4 + ["residual_norm_forward"] * 4

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.alibi import Alibi, distances, slopes
+from models.alibi import Alibi, slopes
 from models.config import (
     RATE,
     AudioConfig,
@@ -73,9 +73,9 @@ def qkv_and_bias(padded: bool, shared: bool) -> tuple[Tensor, Tensor, Tensor, Te
     torch.manual_seed(0)
     qkv = torch.randn(5, 7, 3, 4, 8, dtype=torch.float64).float().requires_grad_()
     slope = (-torch.rand(4)).requires_grad_()
-    ids = torch.stack([torch.randperm(20)[:7].sort()[0] for _ in range(1 if shared else 5)]).float()
+    ids = torch.stack([torch.randperm(20)[:7].sort()[0] for _ in range(1 if shared else 5)])
     padding = torch.arange(7) >= torch.tensor([7, 4, 5, 1, 7])[:, None] if padded else None
-    return qkv, slope, (ids[:, :, None] - ids[:, None]).abs(), padding
+    return qkv, slope, ids, padding
 
 
 PIECES = pytest.mark.parametrize("logits", [1, 400, 2**20])  # one row at a time, two, all
@@ -88,12 +88,12 @@ def test_fused_attention_is_its_plain_twin(
     monkeypatch: pytest.MonkeyPatch, padded: bool, shared: bool, logits: int
 ) -> None:
     monkeypatch.setitem(LOGITS, "cpu", logits)
-    qkv, slope, distance, padding = qkv_and_bias(padded, shared)
+    qkv, slope, ids, padding = qkv_and_bias(padded, shared)
     grad = torch.randn(5, 7, 32)
     results = []
     for function in (attention, plain_attention):
         qkv.grad = slope.grad = None
-        out = function(qkv, Bias(slope, distance, padding))
+        out = function(qkv, Bias(slope, ids, padding))
         out.backward(grad)
         results.append((out.detach(), qkv.grad, slope.grad))
     for ours, plain in zip(*results, strict=True):
@@ -107,21 +107,27 @@ def test_padding_alone_is_a_bias_too() -> None:
 
 def test_fused_attention_in_low_precision_keeps_the_bias_exact() -> None:
     """Weights that depend on the bias alone: rounded to bf16, -40.3 would be -40.25 and they 5 % off."""
-    qkv = torch.zeros(1, 2, 3, 1, 2, dtype=torch.bfloat16)
-    qkv[0, 0, 2] = 1  # the output is the first key's weight
-    distance = torch.tensor([[[40.3, 40.0], [40.0, 40.3]]])
-    ours = attention(qkv, Bias(torch.tensor([-1.0]), distance))[0, :, 0]
-    exact = torch.sigmoid(torch.tensor([-0.3, 0.3]))
-    assert (ours.float() - exact).abs().max() < 2**-9  # bf16 of the weight itself
+    qkv = torch.zeros(1, 3, 3, 1, 2, dtype=torch.bfloat16)
+    qkv[0, 1, 2] = 1  # the output is the second key's weight
+    bias = Bias(torch.tensor([-0.1]), torch.tensor([[0, 400, 403]]), torch.tensor([[True, False, False]]))
+    ours = attention(qkv, bias)[0, 0, 0]
+    assert abs(float(ours) - float(torch.sigmoid(torch.tensor(0.3)))) < 2**-9  # bf16 of the weight itself
 
 
 def test_a_row_that_sees_only_padding_stays_finite() -> None:
-    qkv, slope, distance, _ = qkv_and_bias(False, False)
+    qkv, slope, ids, _ = qkv_and_bias(False, False)
     padding = torch.zeros(5, 7, dtype=torch.bool)
     padding[2] = True
-    out = attention(qkv, Bias(slope, distance, padding))
-    out.square().sum().backward()
-    assert out.isfinite().all() and qkv.grad.isfinite().all() and slope.grad.isfinite().all()
+    gradients = []
+    for function in (attention, plain_attention):
+        qkv.grad = slope.grad = None
+        out = function(qkv, Bias(slope, ids, padding))
+        out.square().sum().backward()
+        assert out.isfinite().all()
+        gradients.append((qkv.grad, slope.grad))
+    for ours, plain in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
+    assert (gradients[0][0][2, :, :2] == 0).all() and gradients[0][0].isfinite().all()
 
 
 def test_attention_dropout_has_the_share_and_the_scale() -> None:
@@ -138,12 +144,12 @@ def test_attention_dropout_has_the_share_and_the_scale() -> None:
 @PIECES
 def test_attention_dropout_has_the_gradient_of_what_it_computed(monkeypatch: pytest.MonkeyPatch, logits: int) -> None:
     monkeypatch.setitem(LOGITS, "cpu", logits)
-    qkv, slope, distance, padding = qkv_and_bias(True, False)
+    qkv, slope, ids, padding = qkv_and_bias(True, False)
     qkv, slope = qkv.detach().double().requires_grad_(), slope.detach().double().requires_grad_()
 
     def seeded(qkv: Tensor, slope: Tensor) -> Tensor:
         torch.manual_seed(9)
-        return attention(qkv, Bias(slope, distance, padding), 0.3)
+        return attention(qkv, Bias(slope, ids, padding), 0.3)
 
     out = seeded(qkv, slope)
     direction = torch.randn_like(qkv)
@@ -169,7 +175,9 @@ def test_a_negative_scale_gives_neither_bias_nor_gradient() -> None:
     assert slope.tolist() == [-0.25, 0, -2 * 0.015625, 0]
     slope.sum().backward()
     assert alibi.scale.grad[1] == 0 and alibi.scale.grad[0] == -0.25
-    assert distances(torch.tensor([[0, 3, 7]])).tolist() == [[[0, 3, 7], [3, 0, 4], [7, 4, 0]]]
+    bias = Bias(slope, torch.tensor([[0, 3, 7]]))
+    assert bias.distance.tolist() == [[[0, 3, 7], [3, 0, 4], [7, 4, 0]]]
+    assert bias.distance is bias.distance  # all blocks share it
 
 
 def test_frames_are_those_of_the_convolutions() -> None:
