@@ -318,7 +318,7 @@ for copy in (torch.bfloat16, torch.float16):
     for weight in (0.1, 0.9):
         lerp.lerp(torch.zeros(8), torch.zeros(8), weight, torch.zeros(8, dtype=copy))
 """)
-    assert     wanted = {"take", "add_up", "put", "forward_chunk", "backward_tile", "time_moments", "add_rows", "move"}
+    wanted = {"take", "add_up", "put", "forward_chunk", "backward_tile", "time_moments", "add_rows", "move"}
     assert {kernel.name for kernel in found} == wanted and len(found) >= 20
 
 
