@@ -11,6 +11,7 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
+from models.baselines.config import DATA2VEC2
 from models.fused import kernels
 from pretrain.config import BatchPlan, Settings
 from pretrain.optim import build_optimizer
@@ -101,6 +102,11 @@ def engine_config(config: Settings, plan: BatchPlan) -> dict[str, Any]:
         raise ConfigError(
             f"{config.train.deepspeed} offloads the optimizer, which model.dropout.layer={config.model.dropout.layer} "
             "cannot have; set one without offload, or model.dropout.layer=0"
+        )
+    if stage == 3 and config.model.objective != DATA2VEC2:
+        raise ConfigError(
+            f"{config.train.deepspeed} is ZeRO 3, at which the layers of model.objective={config.model.objective} are "
+            "not gathered; set train.deepspeed=ds_configs/zero2.json"
         )
     if precision != "fp32" and stage == 0 and config.train.tensor_parallel > 1:
         # DeepSpeed's fp16 wrapper of stage 0 adds up norms as if no layer were split, and megatron-core's layers know

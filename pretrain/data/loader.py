@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from models.data2vec import Batch
 from pretrain.config import BatchPlan, Config
 from pretrain.data.audio import AudioDataset
-from pretrain.data.collate import Collate
+from pretrain.data.collate import COLLATES
 from pretrain.data.corpus import open_corpus
 from pretrain.data.fetch import resolve
 from pretrain.data.image import ImageDataset
@@ -104,7 +104,8 @@ def build_loader(
 ) -> Generator[Batch, None, None]:
     """Micro-batches of this rank from global batch `first_batch` on; see `load_batches`."""
     sampler = build_sampler(dataset, config, plan, world.data_rank, first_batch)
-    return load_batches(dataset, sampler, Collate(config.model, config.train.seed), config.data.workers, world)
+    collate = COLLATES[config.model.objective](config.model, config.train.seed)
+    return load_batches(dataset, sampler, collate, config.data.workers, world)
 
 
 B = TypeVar("B")
