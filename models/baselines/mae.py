@@ -24,12 +24,12 @@ class MaeEncoder(BorrowedEncoder):
     def __init__(self, config: ModelConfig, vit: ViTMAEModel) -> None:
         super().__init__()
         self.local = PatchEmbedding(config)
-        self.local.proj = vit.embeddings.patch_embeddings.projection
         self.positions = SinCosPositions(config)
         self.extra_tokens = ExtraTokens(1, config.width)
-        self.extra_tokens.weight = vit.embeddings.cls_token
         self.blocks = vit.layers
         self.norm = vit.layernorm
+        nn.init.normal_(self.extra_tokens.weight, std=0.02)
+        init_as_published(self.blocks)
 
     def enter(self, features: Tensor, ids_keep: Tensor | None) -> Tensor:
         return self.extra_tokens(self.positions(features, ids_keep))
@@ -46,12 +46,13 @@ class Mae(Baseline):
         net = ours(ViTMAEForPreTraining(settings(config)))
         self.student = MaeEncoder(config, net.vit)
         self.decoder = net.decoder
+        init_as_published(self.decoder)
+        nn.init.normal_(self.decoder.mask_token, std=0.02)
         # transformers 5 begins with zeros here, by which all hidden patches would look alike.
         positions = sincos_positions(config.mae.width, config.image.grid)
         table = torch.cat([positions.new_zeros(1, config.mae.width), positions])[None]
         del self.decoder.decoder_pos_embed
         self.decoder.register_buffer("decoder_pos_embed", table, persistent=False)
-        nn.init.normal_(self.decoder.mask_token, std=0.02)
 
     def learn(self, batch: Batch, dropped: Collection[int]) -> Summed:
         """Squared error, meant over a patch and summed over hidden patches."""
@@ -65,6 +66,14 @@ class Mae(Baseline):
             variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
             target = (target - mean) / (variance + 1e-6).sqrt()
         return Summed((prediction - target).square().mean(dim=-1).sum(), {})
+
+
+def init_as_published(module: nn.Module) -> None:
+    """Xavier-uniform weights and zero biases for every Linear below; transformers has N(0, 0.02)."""
+    for child in module.modules():
+        if isinstance(child, nn.Linear):
+            nn.init.xavier_uniform_(child.weight)
+            nn.init.zeros_(child.bias)
 
 
 def patches(pixels: Tensor, edge: int) -> Tensor:
