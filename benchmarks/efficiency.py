@@ -107,7 +107,8 @@ class Turns:
                     asked = True
                 time.sleep(0.1)
             self.stops.running = None
-        self.stops.refuse(arm.folder)  # also where a signal came before the run could save
+        if self.stops.received:  # maybe before the run could save, which loses a turn at most
+            raise TrialFailed(arm.folder, EXIT_RESUME, "was asked to stop")
         if (status := process.returncode) not in (0, EXIT_RESUME):
             said = self.log.read_bytes()[start:].decode(errors="replace").strip().splitlines()
             raise TrialFailed(arm.folder, status, f"ended with status {status}: {said[-1] if said else 'no word'}")
