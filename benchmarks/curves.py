@@ -11,7 +11,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 from finetune.panels import BLUE, ORANGE, STYLE
 from pretrain.files import replacing
@@ -102,8 +102,8 @@ def told(equal: Mapping[str, float | None], baseline: str, name: str, clock: str
     return [sentence("data2vec2", baseline, *to_best), sentence(baseline, "data2vec2", *to_ours)]
 
 
-def table(curves: Mapping[str, Curve]) -> str:
-    """A row a probe."""
+def table(curves: Mapping[str, Curve], untrained: Mapping[str, Mapping[str, float]]) -> str:
+    """A row a probe, the first of each before any training."""
     head = f"{'objective':<12}{'step':>8}{'min':>9}{'min of processor':>18}" + "".join(
         f"{n:>20}" for n in FIGURES.values()
     )
@@ -111,23 +111,25 @@ def table(curves: Mapping[str, Curve]) -> str:
         f"{name:<12}{point['step']:>8}{point['seconds'] / 60:>9.2f}{point['processor_seconds'] / 60:>18.2f}"
         + "".join(f"{100 * point[figure]:>20.1f}" for figure in FIGURES)
         for name, curve in curves.items()
-        for point in curve.points
+        for point in [dict.fromkeys(("step", *CLOCKS), 0) | dict(untrained[name]), *curve.points]
     ]
     return "\n".join([head, "-" * len(head), *rows])
 
 
-def draw(curves: Mapping[str, Curve], path: Path, title: str, clock: str = "seconds") -> None:
-    """A panel a figure; a line a run."""
+def draw(
+    curves: Mapping[str, Curve], untrained: Mapping[str, Mapping[str, float]], path: Path, title: str, clock: str
+) -> None:
+    """A panel a figure; a line a run, and a dashed one where it was before any training."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 4), layout="constrained")
         for axes, (key, name) in zip(figure.subplots(1, len(FIGURES)), FIGURES.items(), strict=True):
             for (objective, curve), colour in zip(curves.items(), (BLUE, ORANGE), strict=True):
                 values = [100 * point[key] for point in curve.points]
                 axes.plot(minutes(curve, clock), values, color=colour, marker="o", ms=4, label=objective)
-            axes.set_xscale("log")
+                axes.axhline(100 * untrained[objective][key], color=colour, ls="--", lw=1, label="untrained")
+            axes.set_xscale("log", subs=[])
             axes.xaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axes.xaxis.set_minor_formatter(NullFormatter())
             axes.set_title(name)
             axes.set_xlabel("minutes of training" if clock == "seconds" else "minutes of processor")
         first = figure.axes[0]

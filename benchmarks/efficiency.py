@@ -26,10 +26,13 @@ from benchmarks.curves import CLOCKS, FIGURES, Curve, as_tree, draw, equal_quali
 from benchmarks.step import ROOT, hardware, rounded
 from finetune.trials import Stops, TrialFailed
 from models.baselines.config import DATA2VEC2
+from models.objectives import network
 from pretrain.checkpoint import CheckpointError, latest
-from pretrain.config import Config, load
+from pretrain.config import Config, batch_plan, load
 from pretrain.data.sources import DataError
 from pretrain.files import write_atomically
+from pretrain.parallel import World
+from pretrain.probe import Probe
 from pretrain.progress import Progress
 from pretrain.runtime import EXIT_BAD_INPUT, EXIT_RESUME
 from pretrain.settings import ConfigError
@@ -72,12 +75,11 @@ class Arm:
         path, *overrides = self.line(*more)
         return load(path, overrides)
 
-    @property
-    def trained(self) -> float:
+    def trained(self, clock: str) -> float:
         """Seconds of training so far, as they passed."""
-        lines, seconds, before = read_lines(self.folder / "speed.jsonl"), 0.0, 0.0
-        for line in lines:
-            seconds += (line["step"] - before) * line["seconds_per_step"]
+        seconds, before = 0.0, 0.0
+        for line in read_lines(self.folder / "speed.jsonl"):
+            seconds += (line["step"] - before) * line[CLOCKS[clock]]
             before = line["step"]
         return seconds
 
@@ -114,12 +116,12 @@ class Turns:
             raise TrialFailed(arm.folder, status, f"ended with status {status}: {said[-1] if said else 'no word'}")
 
 
-def calibrate(arm: Arm, turns: Turns, seconds: float) -> float:
-    """Seconds that a step takes."""
+def calibrate(arm: Arm, turns: Turns, seconds: float, clock: str) -> float:
+    """Seconds of the clock that a step takes."""
     trial = Arm(arm.objective, arm.preset, arm.given, arm.folder.parent / "calibration" / arm.objective)
 
     def lines() -> list[float]:
-        return [line["seconds_per_step"] for line in read_lines(trial.folder / "speed.jsonl")[2:]]
+        return [line[CLOCKS[clock]] for line in read_lines(trial.folder / "speed.jsonl")[2:]]
 
     turns.take(trial, ["run.log_every=1", "probe.every=0"], lambda: len(lines()) >= LEAST and sum(lines()) >= seconds)
     return median(lines())
@@ -159,7 +161,7 @@ def make_plan(arms: list[Arm], turns: Turns, asked: dict[str, Any], file: Path) 
     plan = {"asked": asked, "settings": {}}
     for arm in arms:
         print(f"calibrating {arm.objective}", flush=True)
-        per_step = calibrate(arm, turns, asked["calibrate"])
+        per_step = calibrate(arm, turns, asked["calibrate"], asked["clock"])
         plan["settings"][arm.objective] = planned(arm, per_step, 60 * asked["minutes"], asked["points"])
     write_atomically(file, json.dumps(plan, indent=1) + "\n")
     return plan
@@ -168,14 +170,28 @@ def make_plan(arms: list[Arm], turns: Turns, asked: dict[str, Any], file: Path) 
 def train(arms: list[Arm], plan: dict[str, Any], turns: Turns, slice_seconds: float) -> None:
     """Both to their ends, in turns: always the one that has had less."""
     steps = {arm.objective: plan["settings"][arm.objective]["train.steps"] for arm in arms}
+    clock = plan["asked"]["clock"]
     total = round(60 * plan["asked"]["minutes"]) * len(arms)
     with Progress("efficiency: seconds of training", total) as progress:
         while left := [arm for arm in arms if not arm.done(steps[arm.objective])]:
-            arm = min(left, key=lambda arm: arm.trained)
-            had = arm.trained
-            settings = [f"{key}={json.dumps(value)}" for key, value in plan["settings"][arm.objective].items()]
-            turns.take(arm, settings, partial(lambda arm, had: arm.trained - had >= slice_seconds, arm, had))
-            progress.advance(min(round(arm.trained - had), total - progress.done))
+            arm = min(left, key=lambda arm: arm.trained(clock))
+            had = arm.trained(clock)
+            settings = as_overrides(plan["settings"][arm.objective])
+            turns.take(arm, settings, partial(lambda arm, had: arm.trained(clock) - had >= slice_seconds, arm, had))
+            progress.advance(max(0, min(round(arm.trained(clock) - had), total - progress.done)))
+
+
+def untrained(arm: Arm, settings: list[str]) -> dict[str, float]:
+    """What probes find in the network before its first step."""
+    config = arm.config(*settings)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(config.train.seed)
+    model = network(config.model).to(device)
+    return Probe(config, model, batch_plan(config.train, 1), World(0, 1, device), print)(0)
+
+
+def as_overrides(settings: dict[str, Any]) -> list[str]:
+    return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
 
 
 def report(arms: list[Arm], plan: dict[str, Any], out: Path, title: str) -> str:
@@ -190,17 +206,19 @@ def report(arms: list[Arm], plan: dict[str, Any], out: Path, title: str) -> str:
         for clock in CLOCKS
         for sentence in told(equal[figure][clock], baseline, name, clock)
     ]
-    text = "\n".join([table(curves), "", *sentences])
+    before = {arm.objective: untrained(arm, as_overrides(plan["settings"][arm.objective])) for arm in arms}
+    text = "\n".join([table(curves, before), "", *sentences])
     found = {
         "command": shlex.join(["python", "-m", "benchmarks.efficiency", *sys.argv[1:]]),
         "hardware": hardware(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         **plan,
         "curves": {name: as_tree(curve) for name, curve in curves.items()},
+        "untrained": before,
         "equal_quality": equal,
     }
     write_atomically(out / "efficiency.json", json.dumps(rounded(found), indent=1) + "\n")
     write_atomically(out / "table.txt", text + "\n")
-    draw(curves, out / "efficiency.png", title)
+    draw(curves, before, out / "efficiency.png", title, plan["asked"]["clock"])
     return text
 
 
@@ -221,6 +239,12 @@ def main() -> int:
     parser.add_argument("--modality", choices=list(DATA), required=True)
     parser.add_argument("--size", choices=("demo", "base"), default="demo", help="base: on a GPU, with data.path")
     parser.add_argument("--minutes", type=float, default=10, help="of training, for each (default 10)")
+    parser.add_argument(
+        "--clock",
+        choices=list(CLOCKS),
+        default="seconds",
+        help="what --minutes counts (processor_seconds: on a machine that others use; of all threads together)",
+    )
     parser.add_argument("--points", type=int, default=10, help="probes of each (default 10)")
     parser.add_argument(
         "--slice", type=float, default=60, metavar="SECONDS", help="of training, of a turn (default 60)"
@@ -231,7 +255,9 @@ def main() -> int:
     out = args.out or Path("runs") / f"efficiency_{args.modality}_{args.size}"
     presets = PRESETS[args.modality, args.size]
     data = DATA[args.modality] if args.size == "demo" else []
-    asked = {key: getattr(args, key) for key in ("modality", "size", "minutes", "points", "calibrate", "overrides")}
+    asked = {
+        key: getattr(args, key) for key in ("modality", "size", "minutes", "clock", "points", "calibrate", "overrides")
+    }
     arms = [
         Arm(
             objective,
