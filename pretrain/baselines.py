@@ -47,7 +47,7 @@ class BaselineTrainer(Trainer):
 
     def step(self, micro_batches: list[Any]) -> Any:
         self.model.step = self.state.step
-        return super().step(micro_batches)
+        return Trainer.step(self, micro_batches)
 
     def figures(self, sums: Any) -> dict[str, float]:
         masked = self.world.sum(torch.tensor(float(sums.masked), device=self.world.device))

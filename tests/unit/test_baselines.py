@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,8 @@ from models.data2vec import Batch, FullView
 from models.heads import FineTuned
 from models.masks import draw_spans, row_keys, sample_keys
 from models.objectives import encoder, network
-from pretrain.baselines import describe
+from pretrain.baselines import BaselineTrainer, describe
+from pretrain.checkpoint import RunState
 from pretrain.config import Config, load
 from pretrain.data.collate import COLLATES
 from pretrain.data.sources import Sample
@@ -301,6 +303,10 @@ def test_batches_are_a_pure_function_of_seed_epoch_and_sample(objective: str) ->
 
 def test_temperature_follows_the_step() -> None:
     model: Any = network(config_of("wav2vec2").model)
+    trainer: Any = SimpleNamespace(model=model, state=RunState(step=7))
+    with pytest.raises(AttributeError):  # there is nothing to train here
+        BaselineTrainer.step(trainer, [])
+    assert model.step == 7
     for step, wanted in ((0, 2.0), (1000, 2 * 0.999995**1000), (277_258, 0.50000), (400_000, 0.5)):
         model.step = step
         assert model.temperature == pytest.approx(wanted, rel=1e-4)
