@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from finetune.features import load_encoder
+from finetune.report import report
 from pretrain.full import read
+from pretrain.settings import ConfigError
 from tests.launch import assert_close, run, weights
 from tests.unit.test_baselines import FILES, OBJECTIVES, OVERRIDES, SMALL
 
@@ -21,7 +23,12 @@ DROPOUT = ["model.dropout.residual=0", "model.dropout.prenet=0", "model.dropout.
 def jobs(data: dict[str, str], stage: int, *more: str, steps: int = STEPS) -> dict[str, list[str]]:
     """objective -> config and overrides."""
     paths = {"mae": "data/fashion_mnist", "wav2vec2": data["audio"], "mlm": data["text"]}
-    common = [f"train.steps={steps}", "run.save_every=5", f"train.deepspeed=ds_configs/zero{stage}.json", "optim.lr=3e-3"]
+    common = [
+        f"train.steps={steps}",
+        "run.save_every=5",
+        f"train.deepspeed=ds_configs/zero{stage}.json",
+        "optim.lr=3e-3",
+    ]
     return {
         name: [f"tests/{FILES[name]}", f"model.objective={name}", *SMALL, *OVERRIDES[name], *common]
         + [f"data.path={paths[name]}", *more]
@@ -87,6 +94,11 @@ def test_what_is_trained_can_be_used(trained: Path, objective: str) -> None:
 def test_a_baseline_is_fine_tuned_and_converted(trained: Path, tmp_path: Path) -> None:
     start, out = trained / "whole" / "mae", tmp_path / "mae.safetensors"
     run("convert", str(start), str(out))
+    assert (
+        "which only has the form NAME.safetensors" in run("convert", str(start), str(tmp_path / "hf"), status=2).stderr
+    )
+    with pytest.raises(ConfigError, match=r"model\.objective=mae: the picture is data2vec's"):
+        report(start)
     done = run("finetune", "tests/tiny_finetune.yaml", f"train.init_from={out}", f"run.dir={tmp_path / 'tuned'}")
     assert f"weights: {out}, step {STEPS}" in done.stdout
     assert json.loads((tmp_path / "tuned" / "labels.json").read_text())
@@ -98,7 +110,14 @@ def test_the_benchmark_tells_and_draws(tmp_path: Path) -> None:
     given = [*(f"model.{line}" for line in small), "model.mae={width: 24, depth: 1, heads: 3}", "train.batch_size=8"]
     given += ["data2vec2:model.num_masks=2", "data.path=data/fashion_mnist", "probe.samples=100", "probe.test=50"]
     given += ["model.decoder.width=32", "model.decoder.groups=4", "run.keep_last=1"]
-    options = ["--modality=image", "--minutes=0.02", "--points=2", "--calibrate=0.1", "--slice=100", f"--out={tmp_path}"]
+    options = [
+        "--modality=image",
+        "--minutes=0.02",
+        "--points=2",
+        "--calibrate=0.1",
+        "--slice=100",
+        f"--out={tmp_path}",
+    ]
     told = run("benchmarks.efficiency", *options, *given).stdout
     assert "linear probe: data2vec2 reaches mae's best" in told and "linear probe: mae reaches data2vec2's best" in told
     found = json.loads((tmp_path / "efficiency.json").read_text())
