@@ -9,6 +9,7 @@ from pathlib import Path
 
 from convert import authors, check
 from convert.describe import described
+from models.baselines.config import DATA2VEC2
 from pretrain import full
 from pretrain.checkpoint import CheckpointError
 from pretrain.full import Full
@@ -65,6 +66,10 @@ def convert(
     with Progress("reading, writing, comparing", 3) as progress:
         found, notes = read(source, teacher_from_student)
         progress.advance(1)
+        if path.suffix != full.SUFFIX and found.model.objective != DATA2VEC2:
+            raise ConfigError(
+                f"{source} is of model.objective={found.model.objective}, which only has the form NAME{full.SUFFIX}"
+            )
         if not path.suffix:  # loaded again and compared by itself
             told = import_module(HUGGING_FACE).export(found, path, which, everything)
             progress.advance(2)

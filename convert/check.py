@@ -30,7 +30,8 @@ def _distance(a: Tensor, b: Tensor) -> float:
 
 
 def outputs(full: Full) -> dict[str, Tensor]:
-    """What each part makes of `sample`, (B, ...): student, teacher and decoder, or student and head."""
+    """What each part makes of `sample`, (B, ...): student, teacher and decoder, or student and head. A baseline's other
+    parts, which begin with what is hidden, are the weights themselves."""
     network = full.network()
     network.load_state_dict(full.tensors, assign=True)  # without a copy
     network.eval()
@@ -44,8 +45,10 @@ def outputs(full: Full) -> dict[str, Tensor]:
             own = features if network.teacher.local is None else network.teacher.local(inputs)
             found["teacher"] = network.teacher(own)
             found["decoder"] = network.decoder.proj(network.decoder(positions))
-        else:
+        elif full.head is not None:
             found["head"] = network.head(positions)
+        else:
+            found |= full.tensors
     return found
 
 

@@ -40,7 +40,6 @@ class FineTuningOptimConfig(OptimConfig):
     the head's by `head_scale`. Only the head learns before step `freeze_steps`; a waveform's convolutions never do with
     `freeze_local`."""
 
-    schedule: str = "cosine"
     hold: float = 0.4
     final_scale: float = 0.05
     layer_decay: float = 1.0

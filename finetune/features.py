@@ -21,8 +21,8 @@ from torch import Tensor
 from finetune.inputs import Source, in_memory, open_source
 from finetune.stored import FORMATS, Gathered, Index, Store
 from models.config import ModelConfig
-from models.data2vec import Encoder
 from models.masks import real_positions
+from models.objectives import encoder as fresh_encoder
 from pretrain.checkpoint import CheckpointError
 from pretrain.data.loader import load_batches
 from pretrain.data.names import digest, few
@@ -52,7 +52,7 @@ class FrozenEncoder:
 
     def __init__(
         self,
-        encoder: Encoder,
+        encoder: Any,
         config: ModelConfig,
         device: torch.device | None = None,
         tokenizer: Tokenizer | None = None,
@@ -187,10 +187,10 @@ def _stacked(parts: list[Matrix]) -> Matrix:
     return vstack(parts, format="csr") if isinstance(parts[0], csr_matrix) else np.concatenate(parts)
 
 
-def _fresh(config: ModelConfig, seed: int) -> Encoder:
+def _fresh(config: ModelConfig, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Encoder(config)
+        return fresh_encoder(config)
 
 
 def store(

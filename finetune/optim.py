@@ -45,11 +45,9 @@ def learning_rate(step: int, config: FineTuningOptimConfig, steps: int) -> float
     `schedule` says. Tri-stage's begins at a hundredth of the peak instead of 0."""
     if config.schedule == "tri_stage" and step < config.warmup_steps:
         return config.lr * (INITIAL + (1 - INITIAL) * step / config.warmup_steps)
-    if config.schedule == "cosine" or step < config.warmup_steps:
+    if config.schedule != "tri_stage":
         return optim.learning_rate(step, config, steps)
     left = steps - config.warmup_steps
-    if config.schedule == "linear":
-        return config.lr * (steps - step) / max(1, left)
     hold = round(config.hold * steps)
     decayed = min(1.0, max(0, step - config.warmup_steps - hold) / max(1, left - hold))
     return config.lr * math.exp(math.log(config.final_scale) * decayed)

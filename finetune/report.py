@@ -37,6 +37,7 @@ from finetune.panels import (
     titled,
 )
 from finetune.probe import ProbeTable, compare, labelled_data
+from models.baselines.config import DATA2VEC2
 from pretrain.checkpoint import CheckpointError
 from pretrain.data.sources import DataError
 from pretrain.labelled.modality import MODALITIES
@@ -126,6 +127,8 @@ def report(path: str | Path, data_path: str = "") -> Path:
     `data_path`: labelled data, if not the run's own.
     """
     found = find(path)
+    if (objective := found.config.model.objective) != DATA2VEC2:
+        raise ConfigError(f"{path} is of model.objective={objective}: the picture is data2vec's; see finetune.probe")
     shown, note = choose_samples(found, data_path)
     table = None if note else probed(found, data_path)
     figure = draw(found, shown, table, note)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from models.baselines import config as baselines
+from models.baselines.config import DATA2VEC2, OBJECTIVES, MaeConfig, MlmConfig, Wav2Vec2Config
+
 
 @dataclass(frozen=True)
 class ImageConfig:
@@ -139,6 +142,10 @@ class HeadConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
+    """`objective`: data2vec2, or a baseline, mae, wav2vec2 or mlm, whose own numbers are in the section of its name. Of
+    the others a baseline has no use for decoder, targets and loss (docs/method.md 5)."""
+
+    objective: str = DATA2VEC2
     modality: str = "image"
     width: int = 768
     heads: int = 12
@@ -156,6 +163,9 @@ class ModelConfig:
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     targets: TargetConfig = field(default_factory=TargetConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    mae: MaeConfig = field(default_factory=MaeConfig)
+    wav2vec2: Wav2Vec2Config = field(default_factory=Wav2Vec2Config)
+    mlm: MlmConfig = field(default_factory=MlmConfig)
 
     def grid(self, length: int) -> tuple[int, ...]:
         """Positions along each axis of inputs whose last axis has `length` pixels, waveform samples or tokens."""
@@ -207,6 +217,9 @@ def problems(config: ModelConfig) -> list[str]:
     image, audio, text, mask, decoder = config.image, config.audio, config.text, config.mask, config.decoder
     if config.modality not in MODALITIES:
         return [f"model.modality={config.modality!r}: know {', '.join(MODALITIES)}"]
+    if config.modality not in OBJECTIVES.get(config.objective, ()):
+        fit = [name for name, modalities in OBJECTIVES.items() if config.modality in modalities]
+        return [f"model.objective={config.objective!r}: for {config.modality} there are {', '.join(fit)}"]
     found = [
         f"model.{name}={value} must be at least {least}"
         for name, value, least in (
@@ -282,7 +295,8 @@ def problems(config: ModelConfig) -> list[str]:
     if config.modality == "text":
         rules.append((config.prenet_depth == 0, "model.prenet_depth: text has no prenet, its teacher averages blocks"))
         rules.append((text.pad < text.vocabulary, f"model.text.pad={text.pad} is no id below {text.vocabulary}"))
-    return [sentence for ok, sentence in rules if not ok]
+    found = [sentence for ok, sentence in rules if not ok]
+    return found if config.objective == DATA2VEC2 else found + baselines.problems(config)
 
 
 MODALITIES = ("image", "audio", "text")

@@ -65,6 +65,10 @@ class Batch(Movable):
         """Hidden positions over all rows: what the loss is divided by, known without asking the device."""
         return self.ids_mask.numel()
 
+    @property
+    def rows(self) -> int:
+        return len(self.ids_mask)
+
 
 @dataclass(frozen=True)
 class FullView(Movable):

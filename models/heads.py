@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from models.config import HeadConfig, ModelConfig
-from models.data2vec import Encoder, dropped_blocks
+from models.data2vec import dropped_blocks
 from models.fused.linear import Linear
 from models.masks import real_positions
+from models.objectives import encoder
 
 
 class PooledHead(nn.Module):
@@ -71,7 +72,7 @@ class FineTuned(nn.Module):
     def __init__(self, config: ModelConfig, head: HeadConfig) -> None:
         super().__init__()
         self.config = config
-        self.student = Encoder(config)
+        self.student = encoder(config)
         self.head = HEADS[config.modality](config, head)
 
     def forward(

@@ -22,11 +22,15 @@ class PatchEmbedding(nn.Module):
         self.std = 255 * torch.tensor(image.std).view(-1, 1, 1)
 
     def forward(self, pixels: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """(B, C, H, W) -> (B, T, D). uint8 pixels are normalised here, floats are taken as they are."""
-        if pixels.dtype == torch.uint8:
-            self.mean, self.std = self.mean.to(pixels.device), self.std.to(pixels.device)  # moves once
-            pixels = (pixels - self.mean) / self.std
-        return self.proj(pixels.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
+        """(B, C, H, W) -> (B, T, D)."""
+        return self.proj(self.normalise(pixels).to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """uint8 pixels with the config's mean and deviation taken out; floats are taken as they are."""
+        if pixels.dtype != torch.uint8:
+            return pixels
+        self.mean, self.std = self.mean.to(pixels.device), self.std.to(pixels.device)  # moves once
+        return (pixels - self.mean) / self.std
 
 
 class SinCosPositions(nn.Module):

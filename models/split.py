@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from models.baselines.config import DATA2VEC2
 from models.config import ModelConfig
 
 
@@ -56,6 +57,8 @@ def split_of(name: str, rank: int, ranks: int) -> Split | None:
 
 def split_problem(config: ModelConfig, ranks: int) -> str:
     """Why a model cannot be split over `ranks`, with the numbers of ranks that could; empty if it can."""
+    if config.objective != DATA2VEC2 and ranks > 1:
+        return f"train.tensor_parallel={ranks}: layers of model.objective={config.objective} are not split; set it to 1"
     hidden = int(config.width * config.mlp_ratio)
     fit = [n for n in range(1, config.heads + 1) if config.heads % n == 0 and hidden % n == 0]
     if ranks in fit:

@@ -8,6 +8,7 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from models.baselines.config import DATA2VEC2
 from models.config import RATE, ModelConfig, problems
 from models.fused.kernels import Kernels
 from models.split import split_problem
@@ -51,7 +52,8 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Adam with decoupled decay, eps added before bias correction; `clip_norm` 0 switches clipping off.
+    """Adam with decoupled decay, eps added before bias correction; `clip_norm` 0 switches clipping off. `schedule`: how
+    the rate falls to 0, cosine or linear.
 
     `exempt_1d` spares 1-D parameters and biases the weight decay, as the paper means and its program does not do.
     """
@@ -63,6 +65,7 @@ class OptimConfig:
     exempt_1d: bool = True
     clip_norm: float = 4.0
     warmup_steps: int = 50_040
+    schedule: str = "cosine"
 
 
 @dataclass(frozen=True)
@@ -218,6 +221,9 @@ def check(config: Config) -> None:
         (getattr(probe, name) >= least, f"probe.{name}={getattr(probe, name)} must be at least {least}")
         for name, least in (("every", 0), ("samples", 1), ("test", 1), ("neighbours", 1))
     ]
+    rules.append(
+        (config.optim.schedule in SCHEDULES, f"optim.schedule={config.optim.schedule!r}: {' or '.join(SCHEDULES)}")
+    )
     rules.append((0 < probe.share <= 1, f"probe.share={probe.share} must lie in (0, 1]"))
     audio = config.data.audio
     if config.model.modality == "audio" and not problems(config.model):
@@ -227,6 +233,13 @@ def check(config: Config) -> None:
             (
                 0 < config.model.mask.hidden(frames) < frames,
                 f"data.audio.min_seconds={audio.min_seconds}: of {frames} frames none could be hidden or none be left",
+            )
+        )
+        rules.append(
+            (
+                config.model.objective == DATA2VEC2 or frames > config.model.mask.length,
+                f"data.audio.min_seconds={audio.min_seconds}: {frames} frames have no room for two spans of "
+                f"model.mask.length={config.model.mask.length}",
             )
         )
     check_settings(config, rules)
@@ -254,6 +267,10 @@ def check_settings(config: Settings, more: typing.Sequence[tuple[bool, str]]) ->
         (train.threads is None or train.threads >= 1, f"train.threads={train.threads} must be at least 1, or null"),
         (train.tensor_parallel >= 1, f"train.tensor_parallel={train.tensor_parallel} must be at least 1"),
         (data.workers >= 0, f"data.workers={data.workers} must be 0 or more"),
+        (
+            config.model.objective == DATA2VEC2 or not (train.recompute or train.compile),
+            f"train.recompute and train.compile are for data2vec2's blocks, not for {config.model.objective}'s",
+        ),
         (
             0 < image.crop_scale[0] <= image.crop_scale[1] <= 1,
             f"data.image.crop_scale={image.crop_scale}: 0 < low <= high <= 1",
@@ -285,6 +302,7 @@ def check_settings(config: Settings, more: typing.Sequence[tuple[bool, str]]) ->
 
 
 PRECISIONS = ("fp32", "bf16", "fp16")
+SCHEDULES = ("cosine", "linear")
 
 
 def batch_plan(train: TrainConfig, ranks: int) -> BatchPlan:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from torch import Tensor, nn
 
+from models.baselines.config import DATA2VEC2
 from models.data2vec import Encoder
 from models.encoder import Block
 from models.fused import kernels
@@ -113,6 +114,11 @@ def engine_config(config: Settings, plan: BatchPlan) -> dict[str, Any]:
     if config.train.compile and stage == 3:
         # Its hooks, a few for every module, are compiled anew for each until torch gives up.
         raise ConfigError("train.compile needs ZeRO 0, 1 or 2; set train.deepspeed=ds_configs/zero1.json")
+    if stage == 3 and config.model.objective != DATA2VEC2:
+        raise ConfigError(
+            f"{config.train.deepspeed} is ZeRO 3, at which the layers of model.objective={config.model.objective} are "
+            "not gathered; set train.deepspeed=ds_configs/zero2.json"
+        )
     if precision != "fp32" and stage == 0 and config.train.tensor_parallel > 1:
         # DeepSpeed's fp16 wrapper of stage 0 adds up norms as if no layer were split, and megatron-core's layers know
         # autocast on GPUs alone.

@@ -1,6 +1,7 @@
 """The full form: whole fp32 weights in one file, whichever ranks and stage wrote them. All conversions go through it.
 
-    student.*  decoder.*  teacher.*     a pre-trained model: a state dict of `models.data2vec.Data2Vec`
+    student.*  decoder.*  teacher.*     a pre-trained model: a state dict of `models.data2vec.Data2Vec`, or of a
+                                        baseline, which has no teacher
     student.*  head.*                   a fine-tuned one, of `models.heads.FineTuned`
     assets/NAME                         bytes of the files that the weights mean nothing without: tokenizer, labels
 
@@ -23,8 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from models.config import HeadConfig, ModelConfig
-from models.data2vec import Data2Vec
 from models.heads import FineTuned
+from models.objectives import network as pre_trained
 from pretrain.checkpoint import CheckpointError
 from pretrain.data.names import few
 from pretrain.data.tokenizer import TOKENIZERS
@@ -78,13 +79,13 @@ class Full:
             raise CheckpointError(f"{LABELS} is no list of {self.head.outputs} names, one an output")
         return list(map(str, labels))
 
-    def network(self, device: str = "cpu") -> Data2Vec | FineTuned:
+    def network(self, device: str = "cpu") -> Any:
         """The module whose state dict the tensors are, not filled."""
         return network_of(self.settings, device)
 
     def encoder(self, which: str = "student") -> dict[str, Tensor]:
-        """A state dict of `models.data2vec.Encoder`: the student's or the teacher's, which comes with the student's
-        local features, and with whatever else it shares, where it has none of its own.
+        """A state dict of `models.objectives.encoder`: the student's or the teacher's, which comes with the student's
+        local features, and with whatever else it shares, where it has none of its own. A baseline has one encoder.
 
         Raises ConfigError if there is no teacher.
         """
@@ -97,11 +98,11 @@ class Full:
         return {name: own.get(name, tensor) for name, tensor in shared.items()}
 
 
-def network_of(settings: Mapping[str, Any], device: str = "cpu") -> Data2Vec | FineTuned:
+def network_of(settings: Mapping[str, Any], device: str = "cpu") -> Any:
     """The module that the settings describe, freshly initialised."""
     config, head = model_of(settings), head_of(settings)
     with torch.device(device):
-        return Data2Vec(config) if head is None else FineTuned(config, head)
+        return pre_trained(config) if head is None else FineTuned(config, head)
 
 
 def expected_shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:

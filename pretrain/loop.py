@@ -224,9 +224,9 @@ class Norms:
 
 def evaluate(evaluation: Evaluation, state: RunState, recorder: Recorder) -> bool:
     """Evaluates after a step, writes down what is found, and whether it is the best so far."""
-    began = time.monotonic()
+    began, processor = time.monotonic(), time.process_time()
     found = evaluation(state.step)
-    recorder.evaluated(state.step, found, time.monotonic() - began)
+    recorder.evaluated(state.step, found, time.monotonic() - began, time.process_time() - processor)
     score = evaluation.score(found)
     if score is None or (state.best is not None and score <= state.best):
         return False

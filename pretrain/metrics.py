@@ -38,7 +38,7 @@ class Recorder:
         self._log = folder / "log.txt"
         self._tty = sys.stdout.isatty()
         self._open_line = False
-        self._since = (time.monotonic(), step, read)
+        self._since = (time.monotonic(), time.process_time(), step, read)
         self.evaluated_last = 0
         if not active:
             return
@@ -51,13 +51,16 @@ class Recorder:
         """One line each for the screen, the JSONL files and TensorBoard. `read`: samples so far, over all ranks."""
         if not self.active:
             return
-        now = time.monotonic()
-        seconds = (now - self._since[0]) / max(1, step - self._since[1])
-        rate = (read - self._since[2]) / (now - self._since[0])
-        self._since = (now, step, read)
+        now, processor = time.monotonic(), time.process_time()
+        before, processor_before, step_before, read_before = self._since
+        steps_since = max(1, step - step_before)
+        seconds = (now - before) / steps_since
+        rate = (read - read_before) / (now - before)
+        self._since = (now, processor, step, read)
         unit, steps = self.config.model.unit, self.config.train.steps
         rates = {f"{unit}_per_s": rate} | ({"views_per_s": rate * self._views} if self._views > 1 else {})
-        speed = {"seconds_per_step": seconds} | rates
+        processed = (processor - processor_before) / steps_since
+        speed = {"seconds_per_step": seconds, "processor_seconds_per_step": processed} | rates
         self._write("metrics", step, metrics)
         self._write("speed", step, speed)
         left = int((steps - step) * seconds)
@@ -69,11 +72,12 @@ class Recorder:
             + f"grad {metrics['grad_norm']:.3g}"
         )
 
-    def evaluated(self, step: int, found: dict[str, float], seconds: float) -> None:
-        """What an evaluation of so many seconds has found, which are not counted among the steps'."""
+    def evaluated(self, step: int, found: dict[str, float], seconds: float, processor: float) -> None:
+        """What an evaluation of so many seconds, on the clock and of this process's, has found, which are not counted
+        among the steps'."""
         if not self.active:
             return
-        self._since = (self._since[0] + seconds, *self._since[1:])
+        self._since = (self._since[0] + seconds, self._since[1] + processor, *self._since[2:])
         self._write("eval", step, found)
         figures = "  ".join(f"{name} {value:.4g}" for name, value in found.items())
         self.say(f"step {step}: {figures}  ({seconds:.1f} s)")

@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.data2vec import Data2Vec
 from pretrain.config import EmaConfig, OptimConfig
 
 
-def parameter_groups(model: Data2Vec, config: OptimConfig) -> list[dict[str, Any]]:
-    """Up to four groups: {averaged by the teacher, not} x {decayed, exempt}.
+def parameter_groups(model: Any, config: OptimConfig) -> list[dict[str, Any]]:
+    """Up to four groups of a `models.objectives.network`: {averaged by the teacher, not} x {decayed, exempt}.
 
     A ZeRO optimizer lays each group out as one flat buffer. Keeping what the teacher averages in groups of its own lets
     `pretrain.ema` mirror whole buffers instead of picking parameters out of them.
@@ -53,10 +52,14 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> Clippi
 
 
 def learning_rate(step: int, config: OptimConfig, steps: int) -> float:
-    """The rate of update number `step`, counted from 0: linear warm-up from 0, then half a cosine to 0 at `steps`."""
+    """The rate of update number `step`, counted from 0: linear warm-up from 0, then half a cosine, or a line, to 0 at
+    `steps`."""
     if step < config.warmup_steps:
         return config.lr * step / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    left = max(1, steps - config.warmup_steps)
+    if config.schedule == "linear":
+        return config.lr * (steps - step) / left
+    progress = (step - config.warmup_steps) / left
     return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 

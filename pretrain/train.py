@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
+from typing import Any
 
 import deepspeed
 import numpy as np
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 
 from models.config import LossConfig
-from models.data2vec import Batch, Data2Vec, Output
+from models.data2vec import Batch, Output
 from models.masks import row_keys
+from models.objectives import network
 from models.targets import Moments, deviation, pool
 from pretrain.checkpoint import CheckpointError, RunState, start_from
 from pretrain.config import BatchPlan, Config, batch_plan
@@ -35,10 +37,14 @@ class StepSums:
     samples: int = 0
     failures: list[str] = field(default_factory=list)
 
-    def add(self, batch: Batch, loss: Tensor, output: Output) -> None:
+    def add(self, batch: Any, loss: Tensor, output: Any) -> None:
         self.samples += len(batch.inputs)
         self.failures += batch.failures
         self.loss += loss.detach().float()
+        self.watch(output)
+
+    def watch(self, output: Any) -> None:
+        """What of an output there are figures of, beside the loss."""
         self.prediction = pool(self.prediction, output.prediction) if self.prediction else output.prediction
         self.target = pool(self.target, output.target) if self.target else output.target
 
@@ -60,24 +66,34 @@ def micro_step_seed(seed: int, batch: int, micro_step: int) -> int:
 class Trainer:
     """Model, engine, teacher and position of one run; `weights` is a state dict of the model to start from."""
 
+    Sums = StepSums
+
     def __init__(self, config: Config, world: World, weights: dict[str, Tensor] | None = None) -> None:
         self.config, self.world = config, world
         self.plan: BatchPlan = batch_plan(config.train, world.size)
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
         torch.manual_seed(config.train.seed)
-        self.model = Data2Vec(config.model)
+        self.model = network(config.model)
         groups = parameter_groups(self.model, config.optim)
         self.engine: deepspeed.DeepSpeedEngine = build_engine(self.model, groups, config, self.plan, world)
-        self.teacher = ShardedTeacher(self.engine, self.model)
+        self.teacher: Any = self.average()
         self.state = RunState()
         if weights is not None:
             start_from(self.engine, self.teacher, weights)
 
-    def step(self, micro_batches: list[Batch]) -> tuple[StepSums, StepResult]:
+    def average(self) -> ShardedTeacher | None:
+        """What follows the student, if anything does."""
+        return ShardedTeacher(self.engine, self.model)
+
+    def part(self, output: Any, masked: Tensor, rows: Tensor) -> Tensor:
+        """A micro-batch's part of the global loss: see `objective`."""
+        return objective(output, self.config.model.loss, masked, rows)
+
+    def step(self, micro_batches: list[Any]) -> tuple[StepSums, StepResult]:
         """One optimizer step over this rank's share of a global batch, and the teacher's update after it."""
         config, world, state = self.config, self.world, self.state
-        counts = sum(b.masked for b in micro_batches), sum(len(b.ids_mask) for b in micro_batches)
+        counts = sum(b.masked for b in micro_batches), sum(b.rows for b in micro_batches)
         masked, rows = world.sum(torch.stack([torch.full((), n, device=world.device) for n in counts]))
         set_hyperparameters(
             self.engine.optimizer,
@@ -85,13 +101,13 @@ class Trainer:
             state.step + 1,
             config.optim,
         )
-        sums = StepSums(torch.zeros((), device=world.device))
+        sums = self.Sums(torch.zeros((), device=world.device))
         for i, batch in enumerate(micro_batches):
             self.engine.set_gradient_accumulation_boundary(i + 1 == len(micro_batches))
             seed = micro_step_seed(config.train.seed, state.batches, i)
             torch.manual_seed(seed + world.data_rank)  # dropout's, on every device
-            output: Output = self.engine(batch.to(world.device), seed)
-            loss = objective(output, config.model.loss, masked, rows)
+            output = self.engine(batch.to(world.device), seed)
+            loss = self.part(output, masked, rows)
             # The engine averages over ranks and micro-batches; the parts of the global loss are to be summed.
             self.engine.backward(loss * (world.data_ranks * self.plan.accumulation))
             sums.add(batch, loss, output)
@@ -101,24 +117,26 @@ class Trainer:
         state.failures += len(sums.failures)
         if result.applied:
             state.step += 1
-            self.teacher.update(ema_decay(state.step, config.ema))
+            if self.teacher:
+                self.teacher.update(ema_decay(state.step, config.ema))
         return sums, result
 
     def measure(self, sums: StepSums, result: StepResult) -> dict[str, float]:
         """The step's figures over the global batch. Collective; this is where the host waits for the device."""
         config, step = self.config, self.state.step
-        assert sums.prediction and sums.target
-        metrics = {
-            "loss": float(self.world.sum(sums.loss)),
-            "grad_norm": float(result.grad_norm),
-            "target_deviation": float(deviation(self._pooled(sums.target))),
-            "prediction_deviation": float(deviation(self._pooled(sums.prediction))),
-            "lr": learning_rate(step - 1, config.optim, config.train.steps),
-            "ema_decay": ema_decay(step, config.ema),
-        }
+        metrics = {"loss": float(self.world.sum(sums.loss)), "grad_norm": float(result.grad_norm)} | self.figures(sums)
+        metrics["lr"] = learning_rate(step - 1, config.optim, config.train.steps)
         if config.train.precision == "fp16":
             metrics["loss_scale"] = loss_scale(self.engine)
         return metrics
+
+    def figures(self, sums: Any) -> dict[str, float]:
+        """What data2vec is watched by. Collective."""
+        return {
+            "target_deviation": float(deviation(self._pooled(sums.target))),
+            "prediction_deviation": float(deviation(self._pooled(sums.prediction))),
+            "ema_decay": ema_decay(self.state.step, self.config.ema),
+        }
 
     def _pooled(self, own: Moments) -> Moments:
         """Moments over all ranks."""
@@ -184,6 +202,6 @@ def pretrained(weights: Full, config: Config) -> dict[str, Tensor]:
     if weights.head is not None:
         raise CheckpointError(f"train.init_from={config.train.init_from} is fine-tuned, and has no teacher and decoder")
     with torch.device("meta"):
-        expected = expected_shapes(Data2Vec(config.model))
+        expected = expected_shapes(network(config.model))
     refuse_differences(weights.tensors, expected, f"train.init_from={config.train.init_from}")
     return weights.tensors

@@ -15,7 +15,7 @@ from models.data2vec import Batch
 from models.movable import Movable
 from pretrain.config import BatchPlan, Config
 from pretrain.data.audio import AudioDataset
-from pretrain.data.collate import Collate
+from pretrain.data.collate import COLLATES
 from pretrain.data.corpus import open_corpus
 from pretrain.data.fetch import resolve
 from pretrain.data.image import ImageDataset
@@ -106,8 +106,8 @@ def build_loader(
 ) -> Generator[Batch, None, None]:
     """Micro-batches of this rank from global batch `first_batch` on, on its device; see `load_batches`."""
     sampler = build_sampler(dataset, config, plan, world.data_rank, first_batch)
-    batches = load_batches(dataset, sampler, Collate(config.model, config.train.seed), config.data.workers, world)
-    return on_device(batches, world.device)
+    collate = COLLATES[config.model.objective](config.model, config.train.seed)
+    return on_device(load_batches(dataset, sampler, collate, config.data.workers, world), world.device)
 
 
 B = TypeVar("B")

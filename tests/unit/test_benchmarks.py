@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from benchmarks.curves import Curve, equal_quality, told
 from tests.launch import run
 
 MODEL = [
@@ -13,6 +14,41 @@ MODEL = [
     *("model.image.patch=28", "model.decoder.width=32", "model.decoder.groups=4", "model.decoder.layers=2"),
     *("model.targets.top_k_layers=2", "model.mask.prob=0.7"),
 ]
+
+
+def curve(seconds: float, *found: float) -> Curve:
+    """A probe after each such time, twice as long for the processor."""
+    points = [
+        {"step": i, "seconds": i * seconds, "processor_seconds": 2 * i * seconds, "probe/linear": value}
+        for i, value in enumerate(found, 1)
+    ]
+    return Curve(len(found), {"seconds": seconds, "processor_seconds": 2 * seconds}, points)
+
+
+def test_times_to_equal_quality():
+    ours, other = curve(1, 0.5, 0.7, 0.6, 0.9), curve(2, 0.3, 0.4, 0.8, 0.8, 0.5)
+    assert [ours.time_to(level, "probe/linear", "seconds") for level in (0.4, 0.6, 0.7, 0.75, 0.91)] == [
+        *(1, pytest.approx(1.5), 2, pytest.approx(3.5), None)
+    ]
+    found = equal_quality(ours, other, "probe/linear", "processor_seconds")
+    assert found["best_of_baseline"] == 0.8 and found["baseline_at_best"] == 12  # the first of the two
+    assert found["data2vec2_to_baselines_best"] == pytest.approx(2 * (3 + 2 / 3))
+    assert found["speedup"] == pytest.approx(12 / (2 * (3 + 2 / 3)))
+    assert found["best_of_data2vec2"] == 0.9 and found["data2vec2_at_best"] == 8
+    assert found["baseline_to_data2vec2s_best"] is None and found["speedup_to_ours"] is None
+    back = equal_quality(other, ours, "probe/linear", "seconds")
+    assert back["speedup"] is None and back["speedup_to_ours"] == pytest.approx((3 + 2 / 3) / 6)
+    assert "at no time" in told(found, "mae", "linear probe", "seconds")[1]
+
+
+def test_training_time_is_steps_times_the_median(tmp_path):
+    lines = [
+        {"step": i, "seconds_per_step": s, "processor_seconds_per_step": s / 2} for i, s in enumerate((9, 1, 2), 1)
+    ]
+    (tmp_path / "speed.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "sec')
+    (tmp_path / "eval.jsonl").write_text(json.dumps({"step": 10, "probe/linear": 0.5}) + "\n")
+    (point,) = Curve.of(tmp_path, 10).points
+    assert (point["seconds"], point["processor_seconds"]) == (20, 10)
 
 
 def figures(module: str, *args: str) -> dict:
