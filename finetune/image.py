@@ -50,6 +50,7 @@ class ImageTask(Task):
             flip=data.image.flip,
             channels=image.channels,
             max_pixels=data.image.max_pixels,
+            draft=data.image.draft,
             train=train,
             centre=config.image.crop_share,
         )

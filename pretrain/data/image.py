@@ -39,7 +39,8 @@ class ImageDataset(torch.utils.data.Dataset):
     With `train`, a random resized crop (`crop_scale` of the area, aspect ratio log-uniform in `crop_ratio`)
     and a horizontal flip with probability `flip`; without, the square in the middle whose side is `centre` of the
     shorter one. A file that cannot be decoded, or is larger than `max_pixels`, is replaced by another one chosen
-    by a hash of (seed, index, attempt).
+    by a hash of (seed, index, attempt). With `draft`, a JPEG is decoded at 1/2, 1/4 or 1/8 where the crop keeps `size`
+    pixels each way: the same crop, sooner, of slightly other pixels (benchmarks/README.md says how much of either).
     """
 
     source: ImageSource
@@ -51,6 +52,7 @@ class ImageDataset(torch.utils.data.Dataset):
     flip: float = 0.5
     channels: int = 3
     max_pixels: int = 178_956_970
+    draft: bool = True
     train: bool = True
     centre: float = 1.0
     notes: ClassVar[tuple[str, ...]] = ()
@@ -100,7 +102,7 @@ class ImageDataset(torch.utils.data.Dataset):
             box = _centre_box(upright_size, (side, side))
         box = _stored_box(box, image.size, orientation)
         if isinstance(image, JpegImageFile):
-            box = _draft(image, box, self.size, mode)
+            box = _draft(image, box, self.size, mode) if self.draft else box
             self._check_pixels(image, header_size)
         # Cropping and orienting commute with the resize, and the small result is the cheap one to turn.
         size = (self.size, self.size)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
+from uuid import uuid4
 
 import torch
 from torch.utils.data import DataLoader
@@ -18,6 +19,7 @@ from pretrain.data.audio import AudioDataset
 from pretrain.data.collate import COLLATES
 from pretrain.data.corpus import open_corpus
 from pretrain.data.fetch import resolve
+from pretrain.data.handover import Packing, Parcel, forget
 from pretrain.data.image import ImageDataset
 from pretrain.data.packs import PackSampler
 from pretrain.data.recordings import open_audio
@@ -58,6 +60,7 @@ def open_image_data(config: Config, path: str, progress: bool) -> ImageDataset:
         flip=data.image.flip,
         channels=image.channels,
         max_pixels=data.image.max_pixels,
+        draft=data.image.draft,
     )
 
 
@@ -121,22 +124,25 @@ def load_batches(
 
     Iterating raises DataError, in one line, for data that cannot be read. Close it to end its workers.
     """
-    loader: DataLoader[B] = DataLoader(
+    name = uuid4().hex
+    loader: DataLoader[B | Parcel] = DataLoader(
         dataset,
         batch_sampler=keys,
-        collate_fn=collate,
+        collate_fn=Packing(collate, name) if workers else collate,
         num_workers=workers,
         pin_memory=world.device.type == "cuda",
         worker_init_fn=_prepare_worker,
     )
-    batches: Iterator[B] = iter(loader)
+    batches: Iterator[B | Parcel] = iter(loader)
     try:
-        yield from batches
+        for batch in batches:
+            yield batch.open() if isinstance(batch, Parcel) else batch
     except DataError as error:
         raise in_one_line(error) from None
     finally:
         if workers:  # which ignore the SIGTERM that would end them at the interpreter's exit
             batches._shutdown_workers()  # type: ignore[attr-defined]
+            forget(name)
 
 
 def on_device(batches: Generator[M, None, None], device: torch.device) -> Generator[M, None, None]:

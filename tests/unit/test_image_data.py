@@ -2,14 +2,19 @@
 
 import gzip
 import io
+import itertools
+import math
 import os
 import pickle
+import shutil
 import struct
 import tarfile
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
+import sklearn.datasets
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -449,7 +454,6 @@ def test_draft_agrees_with_full_decode(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     coarse = Image.fromarray(rng.integers(0, 256, (13, 17, 3), np.uint8))
     path = write(tmp_path / "x.jpg", coarse.resize((1003, 757), Image.BICUBIC), quality=95)
-    data = dataset(path.parent, 64)
     sizes, draft = [], image_module._draft
 
     def spy(picture, *args):
@@ -458,14 +462,45 @@ def test_draft_agrees_with_full_decode(tmp_path, monkeypatch):
         return box
 
     monkeypatch.setattr(image_module, "_draft", spy)
-    reduced = [data[epoch, 0].inputs.int() for epoch in range(12)]
+    reduced = [dataset(path.parent, 64)[epoch, 0].inputs.int() for epoch in range(12)]
     assert {width for width, _ in sizes} >= {126, 251}
     assert min(side for _, side in sizes) >= 64
-    monkeypatch.setattr(image_module, "_draft", lambda picture, box, size, mode: box)
     for epoch, pixels in enumerate(reduced):
-        difference = (data[epoch, 0].inputs.int() - pixels).abs()
+        difference = (dataset(path.parent, 64, draft=False)[epoch, 0].inputs.int() - pixels).abs()
         assert difference.float().mean() < 1.5
         assert difference.max() < 16
+    assert len(sizes) == 12
+
+
+@pytest.mark.parametrize("size", [(1003, 757), (757, 1003), (640, 480)])
+def test_draft_crops_at_the_same_place(tmp_path, size):
+    """Grey grows along an axis, or falls, so that what a reduced decode rounds cancels out: the middles of a crop's
+    halves, in pixels of the file, are those of the full decode."""
+    for axis, side in enumerate(size[::-1]):
+        middles = []
+        for ramp in (np.linspace(0, 255, side), np.linspace(255, 0, side)):
+            grey = ramp.round().astype(np.uint8)
+            pixels = np.broadcast_to(grey[:, None] if axis == 0 else grey, size[::-1])
+            path = write(tmp_path / str(axis) / "x.jpg", Image.fromarray(pixels), quality=100)
+            sources = [dataset(path.parent, 48, draft=draft) for draft in (True, False)]
+            crops = torch.stack([torch.stack([data[e, 0].inputs[0] for e in range(20)]) for data in sources]).double()
+            middles.append(crops.mean(3 - axis).unflatten(2, (2, 24)).mean(3) * (side - 1) / 255)
+        quick, full = (middles[0] - middles[1]) / 2
+        assert (quick != full).any()
+        assert (quick - full).abs().max() < 1.2
+
+
+def test_draft_of_photos_is_close_to_full_decode(tmp_path):
+    """scikit-learn's photos, 640 x 427: at least 32.8 dB were measured, and 41 half of the time."""
+    decibels = []
+    for name in ("china.jpg", "flower.jpg"):
+        shutil.copy(Path(sklearn.datasets.__file__).parent / "images" / name, tmp_path / name)
+    for epoch, index, size in itertools.product(range(8), range(2), (64, 128)):
+        quick, full = (dataset(tmp_path, size, draft=d)[epoch, index].inputs.double() for d in (True, False))
+        if noise := float((quick - full).square().mean()):
+            decibels.append(10 * math.log10(255**2 / noise))
+    assert len(decibels) > 20
+    assert min(decibels) > 31 and np.median(decibels) > 38
 
 
 def test_crop_is_where_the_box_says(tmp_path):
