@@ -1,7 +1,8 @@
 """Which implementation each fused layer takes: kernels in Triton, or torch's operators, which are their plain twins.
 
-The choice changes speed and memory, and results by no more than rounding. It is one for the whole process, as that of
-torch's own backends is, and nothing that a model or a checkpoint knows of.
+The choice changes speed and memory, and results by no more than rounding, but that noise between rows is drawn as other
+numbers of the same distribution. It is one for the whole process, as that of torch's own backends is, and nothing that
+a model or a checkpoint knows of.
 """
 
 from __future__ import annotations

@@ -48,13 +48,13 @@ class Scatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kept: Tensor, ids: Tensor, length: int, std: float, seeds: Tensor | None) -> Tensor:
         ctx.save_for_backward(ids)
-        kept, (rows, count, width) = kept.contiguous(), kept.shape
+        kept, (rows, _, width) = kept if kept.stride(-1) == 1 else kept.contiguous(), kept.shape
         out = kept.new_empty(rows, length, width)
         masks = 1 if seeds is None else rows // len(seeds)
         quarter = triton.cdiv(width, 4)
         put[(rows * length,)](
-            *(kept, places(ids, length), ids if seeds is None else seeds, out, width, quarter, length, count, masks),
-            *(std, seeds is not None, triton.next_power_of_2(quarter)),
+            *(kept, places(ids, length), ids if seeds is None else seeds, out, width, quarter, length, masks),
+            *(*kept.stride()[:2], std, seeds is not None, triton.next_power_of_2(quarter)),
         )
         return out
 
@@ -126,8 +126,9 @@ def put(  # type: ignore[no-untyped-def]
     width,
     quarter,
     steps,
-    count,
     masks,
+    row_stride,
+    step_stride,
     std,
     NOISE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -140,7 +141,7 @@ def put(  # type: ignore[no-untyped-def]
     place = tl.load(places + position)
     target = out + position * width + channel
     if place >= 0:
-        source = kept + (row * count + place) * width + channel
+        source = kept + row * row_stride + place.to(tl.int64) * step_stride + channel
         for i in tl.static_range(4):
             real = (channel < quarter) & (channel + i * quarter < width)
             tl.store(target + i * quarter, tl.load(source + i * quarter, mask=real), mask=real)

@@ -162,7 +162,7 @@ def test_rows_are_taken_and_put_back(dtype):
     assert not expected.any(-1).all() and expected.any()  # some positions are in no mask
     torch.testing.assert_close(ours.double(), expected, rtol=1e-6 if dtype == torch.float32 else 2**-7, atol=1e-6)
 
-    kept = kept.detach().requires_grad_()
+    kept = torch.cat([kept[:, :1], kept], 1).detach()[:, 1:].requires_grad_()  # behind an extra token
     full = scatter_rows(kept, ids, length)
     rows = torch.arange(B * M)[:, None]
     expected = torch.zeros(B * M, length, D, dtype=dtype)
