@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.step import GIB, ROOT, MatrixRate, hardware, measured, now, random_batches, rounded
+from benchmarks.step import GIB, ROOT, MatrixRate, hardware, measured, now, peak_bytes, random_batches, rounded
 from models.fused import kernels
 from models.fused.kernels import Kernels
 from pretrain import parallel
@@ -42,7 +42,7 @@ DATASHEET = 989e12  # FLOP/s of an H100 SXM in bf16 without sparsity; what publi
 TARGETS = {"image_base": 0.35, "image_large": 0.45, "image_huge14": 0.45, "audio_large": 0.40, "text_large": 0.40}
 PRESETS = ("image_large", "image_huge14", "audio_large", "text_large", "image_base", "audio_base", "text_base")
 COMPARED = ("image_large", "audio_large", "text_large")  # kernels, one modality each
-BASELINES = {"image_base": "mae_base", "audio_base": "wav2vec2_base", "text_base": "roberta_base"}
+BASELINES = ("mae_base", "wav2vec2_base", "roberta_base")  # transformers' networks, of the size of ours
 ROOM = 0.7  # of the memory, for what is estimated
 ROUNDS = 4
 
@@ -109,6 +109,14 @@ def kernel_choices() -> dict[str, Kernels]:
     }
 
 
+def alone(trainer: Trainer) -> dict[str, Any]:
+    """A step of a baseline, of which nothing else is known."""
+    seconds = variants(trainer, {"fused": Kernels()})["seconds"]["fused"]
+    count = samples(trainer.config.model, trainer.plan.micro_batch)
+    peak = peak_bytes(trainer.world.device) / GIB
+    return {"step_seconds": seconds, "samples_per_s": count / seconds, "micro_batch": count, "peak_gib": peak}
+
+
 def waits(trainer: Trainer) -> dict[str, Any]:
     """How often torch sees the host wait for the GPU in a step."""
     first, second = (next(random_batches(trainer.config, trainer)) for _ in range(2))
@@ -156,6 +164,9 @@ def cases(world: World, out: Path, args: argparse.Namespace) -> list[Case]:
     def watched(preset: str) -> Callable[[], dict[str, Any]]:
         return lambda: with_trainer(config(preset), world, waits)
 
+    def beside(preset: str) -> Callable[[], dict[str, Any]]:
+        return lambda: with_trainer(config(preset), world, alone)
+
     first = args.presets[0]
     found = [Case(f"step {first}", timed(first, trace=out / "trace.json"))]
     found += [Case(f"step {preset}", timed(preset)) for preset in args.presets[1:]]
@@ -164,6 +175,8 @@ def cases(world: World, out: Path, args: argparse.Namespace) -> list[Case]:
     found += [Case(f"kernels {preset}", switched(preset)) for preset in args.compared]
     found.append(Case(f"compiled {first}", timed(first, "train.compile=true")))
     found.append(Case(f"recomputed {first}", timed(first, "train.recompute=true")))
+    for preset in args.baselines:
+        found.append(Case(f"baseline {preset}", beside(preset)))
     if args.data:
         workers = f"data.workers={max(1, (os.cpu_count() or 2) - 1)}"
         read = lambda trainer: from_loader(trainer, args.data, args.steps)  # noqa: E731
@@ -201,6 +214,12 @@ def table(figures: dict[str, Any]) -> str:
             lines += ["", f"| {name} | ms | to fused |", "|---|---|---|", *rows]
         elif "waits" in found:
             lines += ["", f"{name}: the host waits {len(found['waits'])} times in a step. {' '.join(found['waits'])}"]
+        elif "step_seconds" in found:
+            lines += [
+                "",
+                f"{name}: {1000 * found['step_seconds']:.1f} ms for {found['micro_batch']} samples, "
+                f"{found['samples_per_s']:.4g} a second, {found['peak_gib']:.1f} GiB.",
+            ]
         elif "samples_per_s" in found:
             lines += ["", f"{name}: {found['samples_per_s']:.4g} samples/s with {found['workers']} workers."]
         elif "error" in found:
@@ -217,6 +236,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=8, help="begins nothing that would end behind them")
     parser.add_argument("--presets", nargs="+", default=list(PRESETS))
     parser.add_argument("--compared", nargs="+", default=list(COMPARED), help="presets whose kernels are compared")
+    parser.add_argument("--baselines", nargs="*", default=list(BASELINES))
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--most", type=int, default=128, help="samples a micro-batch")

@@ -33,7 +33,7 @@ from models.data2vec import Batch
 from models.fused import linear
 from pretrain import parallel
 from pretrain.config import PRECISIONS, Config, load
-from pretrain.data.collate import Collate
+from pretrain.data.collate import COLLATES
 from pretrain.data.sources import Sample
 from pretrain.parallel import World
 from pretrain.plan import samples, useful_work
@@ -139,7 +139,7 @@ class MatrixRate:
 def random_batches(config: Config, trainer: Trainer) -> Iterator[list[Batch]]:
     """Endless steps' worth of micro-batches: noise for inputs, masks as the loader's workers draw them."""
     plan, index = trainer.plan, 0
-    collate = Collate(config.model, config.train.seed)
+    collate = COLLATES[config.model.objective](config.model, config.train.seed)
     generator = torch.Generator().manual_seed(config.train.seed)
     while True:
         step = []
