@@ -70,13 +70,15 @@ def prepare(preset: str, precision: str, overrides: Sequence[str], most: int = 1
 
 def with_trainer(config: Config, world: World, use: Callable[[Trainer], dict[str, Any]]) -> dict[str, Any]:
     """What `use` finds of a trainer that lives no longer."""
-    trainer = Trainer(config, world)
-    if world.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    trainer = None
     try:
+        trainer = Trainer(config, world)
+        if world.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         return use(trainer)
     finally:
-        trainer.engine.destroy()
+        if trainer:
+            trainer.engine.destroy()
         del trainer
         gc.collect()
         if world.device.type == "cuda":
@@ -100,13 +102,11 @@ def variants(trainer: Trainer, choices: dict[str, Kernels]) -> dict[str, Any]:
 
 
 def kernel_choices() -> dict[str, Kernels]:
-    """All fused layers, none, and all but one."""
+    """The fused layers that are taken by themselves, none, all but one, and one more of those that are not."""
     parts = [field.name for field in fields(Kernels)]
-    return {
-        "fused": Kernels(),
-        "torch": Kernels(**dict.fromkeys(parts, "torch")),
-        **{f"fused but {part}": replace(Kernels(), **{part: "torch"}) for part in parts},
-    }
+    without = {f"fused but {part}": Kernels(**{part: "torch"}) for part in parts if part not in kernels.UNMEASURED}
+    more = {f"fused and {part}": Kernels(**{part: "triton"}) for part in kernels.UNMEASURED}
+    return {"fused": Kernels(), "torch": Kernels(**dict.fromkeys(parts, "torch"))} | without | more
 
 
 def alone(trainer: Trainer) -> dict[str, Any]:
@@ -182,6 +182,14 @@ def cases(world: World, out: Path, args: argparse.Namespace) -> list[Case]:
         read = lambda trainer: from_loader(trainer, args.data, args.steps)  # noqa: E731
         found.append(Case(f"loader {first}", lambda: with_trainer(config(first, workers), world, read)))
     return found
+
+
+def found_of(case: Case) -> dict[str, Any]:
+    """Its figures; of a case that fails, which costs no other, why."""
+    try:
+        return rounded(case.run())
+    except (RuntimeError, ConfigError) as error:
+        return {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
 
 
 def table(figures: dict[str, Any]) -> str:
@@ -264,12 +272,9 @@ def main() -> int:
                 start = time.monotonic()
                 if start - began + longest > 60 * args.minutes:
                     figures["left_out"].append(case.name)
-                    continue
-                try:
-                    figures["cases"][case.name] = rounded(case.run())
-                except (RuntimeError, ConfigError) as error:  # one that fails costs no other
-                    figures["cases"][case.name] = {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
-                longest = max(longest, time.monotonic() - start)
+                else:
+                    figures["cases"][case.name] = found_of(case)
+                    longest = max(longest, time.monotonic() - start)
                 told.advance(1)
                 (args.out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
                 (args.out / "table.md").write_text(table(figures))

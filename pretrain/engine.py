@@ -44,9 +44,7 @@ KEYS = (
     *("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "stage3_model_persistence_threshold"),
     *("stage3_max_live_parameters", "stage3_max_reuse_distance"),
 )
-
-
-ZERO_SUPPORTED_OPTIMIZERS.append(ClippingAdamW)  # as the AdamW that it is; of others it warns
+ZERO_SUPPORTED_OPTIMIZERS.append(ClippingAdamW)  # as the AdamW that it is; of others DeepSpeed warns
 
 
 class StepResult(NamedTuple):
@@ -182,8 +180,8 @@ def leaves_clipping(engine: deepspeed.DeepSpeedEngine) -> bool:
 def optimizer_step(engine: deepspeed.DeepSpeedEngine) -> StepResult:
     """Clips and steps after the last backward of a step. A non-finite gradient moves no weights.
 
-    The host waits for a GPU in fp16, whose scale it has to know, at stage 3, with offload, and, in fp32, at stages 1
-    and 2; nowhere else.
+    The host waits for a GPU in fp16, whose scale it has to know, at stage 3, with offload or overlap_comm, and, in
+    fp32, at stages 1 and 2; nowhere else.
     """
     if leaves_clipping(engine):
         engine.step()

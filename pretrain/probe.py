@@ -124,7 +124,9 @@ class Probe:
             yield inputs, failures
             self._room -= inputs.inputs.nbytes
             if self._room >= 0:
-                kept.append((inputs._replace(samples=()), failures))
+                own = inputs.lengths if inputs.lengths is None else inputs.lengths.clone()
+                # Clones: a batch's tensors lie in one piece of memory, which any of them keeps.
+                kept.append((inputs._replace(inputs=inputs.inputs.clone(), lengths=own, samples=()), failures))
         if self._room >= 0:
             self._kept[split] = kept
 

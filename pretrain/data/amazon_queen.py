@@ -80,6 +80,8 @@ def _files(archive: bytes) -> dict[str, bytes]:
         for i in range(*struct.unpack_from(">H", archive, 13)):
             name, offset, size = struct.unpack_from(">12sxII", archive, 15 + 21 * i)
             (files[name.rstrip(b"\0").decode("ascii")],) = struct.unpack_from(f"{size}s", archive, offset)
+    except UnicodeDecodeError:
+        raise DataError("queen.1c's table has a name that is not ASCII") from None
     except struct.error:
         raise DataError(f"queen.1c ends at byte {len(archive):,}, before the files that its table lists") from None
     return files

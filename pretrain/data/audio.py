@@ -130,9 +130,8 @@ class AudioDataset(torch.utils.data.Dataset):
         if np.ptp(window) < _SILENCE:
             raise DataError("silent" if count == self.source.lengths[number] else f"silent from sample {start} on")
         waveform = F.layer_norm(torch.from_numpy(window), (count,), eps=1e-5)
-        if (
-            not waveform.sum().isfinite()
-        ):  # a sum of normalised samples is too small to overflow; all() takes far longer
+        # A sum of normalised samples is too small to overflow, and all() takes far longer.
+        if not waveform.sum().isfinite():
             raise DataError("its samples are not all finite, or too large")
         if samples is None:
             return waveform

@@ -66,14 +66,15 @@ class Parcel:
     """uint8 (bytes,); None if the receiver has it already."""
 
     def open(self) -> Any:
-        """The batch, whose tensors keep the piece from being used again for as long as one of them is there."""
+        """The batch. Each of its tensors keeps all of it, and the piece from being used again, for as long as it is
+        there."""
         view = self._memory()[:]  # what the finaliser waits for has to be this parcel's own
         flat = torch.frombuffer(view, dtype=torch.uint8)
         weakref.finalize(view, _release, self._memory(), os.getpid()).atexit = False
         return self._unpack(flat)
 
     def pin_memory(self) -> Any:
-        """The batch in pinned memory. DataLoader calls this by name."""
+        """The batch in one piece of pinned memory. DataLoader calls this by name."""
         memory = self._memory()
         flat = torch.from_numpy(memory[: self.places[-1].stop if self.places else 0]).pin_memory()
         _release(memory, os.getpid())
@@ -99,8 +100,9 @@ def _release(memory: NDArray[np.uint8], process: int) -> None:
 
 def forget(loader: str) -> None:
     """Let go of the pieces of a loader whose workers have ended; tensors in them stay what they are."""
-    for key in [key for key in _received if key[0] == loader]:
-        del _received[key]
+    for key in list(_received):  # in one go: another loader's thread may add to it
+        if key[0] == loader:
+            _received.pop(key, None)
 
 
 class Packing:

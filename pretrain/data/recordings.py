@@ -160,6 +160,8 @@ def open_audio(path: str, split: str = "train", *, progress: bool = True) -> Aud
     """
     path = os.path.expanduser(path)
     paths = [path] if os.path.exists(path) else path.split("+")
+    if not all(paths):
+        raise DataError(f"data.path={path}: there is nothing before or behind a +")
     found = [_find(os.path.expanduser(one), split, progress) for one in paths]
     if len(found) == 1:
         return AudioSource(*found[0])

@@ -42,6 +42,7 @@ def centre_crops(source: ImageSource, config: Config) -> ImageDataset:
         seed=config.train.seed,
         channels=image.channels,
         max_pixels=config.data.image.max_pixels,
+        draft=config.data.image.draft,
         train=False,
     )
 

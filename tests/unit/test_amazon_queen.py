@@ -207,7 +207,7 @@ BROKEN = {
     "empty": (lambda: b"", ["queen.1c", "QTBL"]),
     "the table is cut": (lambda: archive(game())[:100], ["queen.1c", "byte 100"]),
     "the files are cut": (lambda: archive(game())[:-1], ["queen.1c", "ends"]),
-    "a name is no name": (lambda: archive(game()).replace(b"P.DOG", b"\xff.DOG"), ["ascii"]),
+    "a name is no name": (lambda: archive(game()).replace(b"P.DOG", b"\xff.DOG"), ["queen.1c", "ASCII"]),
     "a dialogue is cut": (lambda: damaged("P.DOG", lambda content: content[:-5]), ["P.DOG", "ends"]),
     "a dialogue is a header": (lambda: damaged("P.DOG", lambda content: content[:30]), ["P.DOG", "ends"]),
     "a scene is cut": (lambda: damaged("BLUEP.CUT", lambda content: content[:-4]), ["BLUEP.CUT", "ends"]),

@@ -141,3 +141,29 @@ def test_memory_is_what_ranks_hold():
     measured = {row[3]: int(row[5].replace(",", "")) for row in rows if row[:3] == ["3", "bf16", "2"]}
     assert set(measured) == {"weights", "gradients", "optimizer", "teacher", "buffers", "other"}
     assert measured["optimizer"] > measured["teacher"] > measured["weights"] > measured["gradients"] > 0
+
+
+def test_a_gpus_figures_come_in_one_go(tmp_path):
+    """As far as a CPU goes; what there is no time for is named."""
+    presets = ["--presets", "image_demo", "--compared", "image_demo", "--baselines", "image_mae_demo"]
+    small = [
+        "--precision=fp32",
+        "--steps=1",
+        "--most=2",
+        "train.compile=false",
+        "model.depth=2",
+        "model.targets.top_k_layers=2",
+    ]
+    found = {}
+    for minutes in ("5", "0"):
+        run("benchmarks.gpu", *presets, f"--out={tmp_path}", f"--minutes={minutes}", *small)
+        found[minutes] = json.loads((tmp_path / "figures.json").read_text())
+        assert found[minutes]["command"] in (tmp_path / "table.md").read_text()
+    cases = found["5"]["cases"]
+    names = ["step image_demo", "kernels image_demo", "compiled image_demo", "recomputed image_demo"]
+    assert list(cases) == [*names, "baseline image_mae_demo"] and not found["5"]["left_out"]
+    assert not any("error" in case for case in cases.values()), cases
+    assert cases["step image_demo"]["micro_batch"] == 2 and (tmp_path / "trace.json").exists()
+    assert {"fused", "torch", "fused but norm", "fused and grouped"} < set(cases["kernels image_demo"]["seconds"])
+    assert found["0"]["left_out"] == list(cases) and not found["0"]["cases"]
+    assert "No time was left for: step image_demo" in (tmp_path / "table.md").read_text()
