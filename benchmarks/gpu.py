@@ -23,6 +23,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from benchmarks.step import GIB, ROOT, MatrixRate, hardware, measured, now, peak_bytes, random_batches, rounded
 from models.fused import kernels
@@ -104,9 +105,36 @@ def variants(trainer: Trainer, choices: dict[str, Kernels]) -> dict[str, Any]:
 def kernel_choices() -> dict[str, Kernels]:
     """The fused layers that are taken by themselves, none, all but one, and one more of those that are not."""
     parts = [field.name for field in fields(Kernels)]
-    without = {f"fused but {part}": Kernels(**{part: "torch"}) for part in parts if part not in kernels.UNMEASURED}
-    more = {f"fused and {part}": Kernels(**{part: "triton"}) for part in kernels.UNMEASURED}
+    without = {f"fused but {part}": Kernels(**{part: "torch"}) for part in parts if part not in kernels.ON_REQUEST}
+    more = {f"fused and {part}": Kernels(**{part: "triton"}) for part in kernels.ON_REQUEST}
     return {"fused": Kernels(), "torch": Kernels(**dict.fromkeys(parts, "torch"))} | without | more
+
+
+def agreement(trainer: Trainer) -> dict[str, Any]:
+    """How far loss and gradients by kernels are from those by torch's operators, as shares, nothing being drawn."""
+    (batch,) = next(random_batches(trainer.config, trainer))
+    batch = batch.to(trainer.world.device)
+    learned = [p for p in trainer.model.parameters() if p.requires_grad]
+    trainer.model.eval()
+    reference: Tensor | None = None
+    off = {}
+    choices = kernel_choices()
+    for name in ("torch", *(other for other in choices if other != "torch")):
+        kernels.use(choices[name])
+        loss = trainer.model(batch).regression
+        found = torch.cat(
+            [
+                g.float().flatten()
+                for g in (loss, *torch.autograd.grad(loss, learned, allow_unused=True))
+                if g is not None
+            ]
+        )
+        if reference is None:
+            reference = found
+        loss_off = (found[0] - reference[0]) / reference[0]
+        off[name] = [float(loss_off.abs()), float((found[1:] - reference[1:]).norm() / reference[1:].norm())]
+    kernels.use(trainer.config.train.kernels)
+    return {"off": off}
 
 
 def alone(trainer: Trainer) -> dict[str, Any]:
@@ -164,6 +192,11 @@ def cases(world: World, out: Path, args: argparse.Namespace) -> list[Case]:
     def watched(preset: str) -> Callable[[], dict[str, Any]]:
         return lambda: with_trainer(config(preset), world, waits)
 
+    def agreeing(preset: str) -> Callable[[], dict[str, Any]]:
+        still = ["model.mask.noise_std=0"]
+        few = prepare(preset, args.precision, [*still, *args.overrides], min(4, args.most))
+        return lambda: with_trainer(few, world, agreement)
+
     def beside(preset: str) -> Callable[[], dict[str, Any]]:
         return lambda: with_trainer(config(preset), world, alone)
 
@@ -172,6 +205,7 @@ def cases(world: World, out: Path, args: argparse.Namespace) -> list[Case]:
     found += [Case(f"step {preset}", timed(preset)) for preset in args.presets[1:]]
     if world.device.type == "cuda":
         found += [Case(f"waits {preset}", watched(preset)) for preset in args.compared]
+    found += [Case(f"agreement {preset}", agreeing(preset)) for preset in args.compared]
     found += [Case(f"kernels {preset}", switched(preset)) for preset in args.compared]
     found.append(Case(f"compiled {first}", timed(first, "train.compile=true")))
     found.append(Case(f"recomputed {first}", timed(first, "train.recompute=true")))
@@ -220,6 +254,9 @@ def table(figures: dict[str, Any]) -> str:
                 for key, r in found["ratio_to_fused"].items()
             )
             lines += ["", f"| {name} | ms | to fused |", "|---|---|---|", *rows]
+        elif "off" in found:
+            worst = (f"{key} {loss:.1e}, {gradient:.1e}" for key, (loss, gradient) in found["off"].items())
+            lines += ["", f"{name}, off torch's loss and gradient by shares of: {'; '.join(worst)}."]
         elif "waits" in found:
             lines += ["", f"{name}: the host waits {len(found['waits'])} times in a step. {' '.join(found['waits'])}"]
         elif "step_seconds" in found:

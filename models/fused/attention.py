@@ -48,7 +48,9 @@ def attention(qkv: Tensor, bias: Bias | None = None, dropout: float = 0.0, strea
     """
     if bias is None and not dropout:
         return unbiased_attention(qkv)
-    seed = int(torch.randint(2**62, ())) if dropout else 0  # the host's generator: nothing waits for the device
+    if bias is None and stream is None and qkv.is_cuda and not kernels.asked_for("attention"):
+        return unbiased_attention(qkv, dropout)
+    seed = kernels.draw_seed() if dropout else 0
     if stream is not None:
         seed = (seed + stream * STREAM) % 2**62
     bias = bias or Bias()
@@ -59,10 +61,10 @@ def attention(qkv: Tensor, bias: Bias | None = None, dropout: float = 0.0, strea
     return BiasedAttention.apply(qkv, bias.slope, bias.distance, bias.padding, dropout, seed)
 
 
-def unbiased_attention(qkv: Tensor) -> Tensor:
+def unbiased_attention(qkv: Tensor, dropout: float = 0.0) -> Tensor:
     """torch's fused attention."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).flatten(2)
 
 
 def plain_attention(qkv: Tensor, bias: Bias | None = None) -> Tensor:

@@ -1,7 +1,7 @@
 """Grouped convolutions over a channels-last grid as matrix products, forward and for both gradients.
 
 For GPUs, whose library of convolutions is made for one group, or one channel in each, and in 1-D for channels that come
-first. Whether this is faster is not known, as it has not run on hardware: so `auto` is torch's (`kernels.UNMEASURED`).
+first. Whether this is faster is not known, as it has not run on hardware: so `auto` is torch's (`kernels.ON_REQUEST`).
 Tested on the CPU, by Triton's interpreter. The plain twin is `nn.Conv1d` or `nn.Conv2d`.
 """
 

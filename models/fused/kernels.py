@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton's default, which is to change, and bits with it
 AVAILABLE = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the CPU, one program after the other
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -21,14 +22,14 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Kernels:
-    """Of each fused layer `triton`, `torch`, or `auto`: triton on a GPU where it is installed, else torch; of those in
-    `UNMEASURED` torch, until it is known what is faster on hardware.
+    """Of each fused layer `triton`, `torch`, or `auto`: triton on a GPU where it is installed, else torch; of those
+    `ON_REQUEST` torch. Noise and dropout are the same distributions, other numbers.
 
-    `attention`: with linear biases, padding or dropout. `norm`: dropout, residual and LayerNorm of a block.
-    `convolution`: LayerNorm over channels, GELU and residual behind a convolution. `grouped`: the convolution itself,
-    where it has groups, as matrix products. `targets`: the teacher's outputs normalised and averaged. `loss`: squared
-    error or smooth-L1 with the moments of prediction and target. `rows`: kept positions taken and put back, with noise
-    between them. `teacher`: the average's update and its cast.
+    `attention`: with linear biases or padding; with dropout alone `auto` is torch's own, which is fused, too. `norm`:
+    dropout, residual and LayerNorm of a block. `convolution`: LayerNorm over channels, GELU and residual behind a
+    convolution. `grouped`: the convolution itself, where it has groups, as matrix products. `targets`: the teacher's
+    outputs normalised and averaged. `loss`: squared error or smooth-L1 with the moments of prediction and target.
+    `rows`: kept positions taken and put back, with noise between them. `teacher`: the average's update and its cast.
     """
 
     attention: str = "auto"
@@ -41,9 +42,19 @@ class Kernels:
     teacher: str = "auto"
 
 
-UNMEASURED = ("grouped",)
+ON_REQUEST = ("grouped",)  # cuDNN's convolutions take tensor cores, too, and which is faster is not known
 CHOICES = ("auto", "triton", "torch")
 _used = Kernels()
+
+
+def asked_for(part: str) -> bool:
+    """Whether `part` is to be Triton's by name."""
+    return getattr(_used, part) == "triton"
+
+
+def draw_seed() -> int:
+    """For what a kernel draws, from the host's generator: nothing waits for the device."""
+    return int(torch.randint(2**62, (), device="cpu"))
 
 
 def problems(kernels: Kernels, device: torch.device) -> list[str]:
@@ -71,5 +82,5 @@ def triton(part: str, x: Tensor) -> bool:
     choice = getattr(_used, part)
     if choice == "triton":
         return x.is_cuda or INTERPRETED  # what an engine keeps on the host stays with torch
-    automatic = choice == "auto" and part not in UNMEASURED
+    automatic = choice == "auto" and part not in ON_REQUEST
     return automatic and AVAILABLE and x.is_cuda and x.dtype in DTYPES

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from models.fused import kernels
+
 
 class Added(NamedTuple):
     """What becomes of f before it is added to x: all of it with probability 1 - `dropout`, by what `seed` draws, times
-    each sample's `factor` (N,) fp32."""
+    each sample's `factor`, (N, 1, 1)."""
 
     dropout: float = 0.0
     seed: int = 0
@@ -42,7 +44,7 @@ class ResidualNorm(nn.LayerNorm):
         the rest makes up for it; the rest of each sample is multiplied by its `factor`, (N,)."""
         if f is None:
             return super().forward(x)
-        seed = int(torch.randint(2**62, ())) if dropout else 0  # the host's generator: nothing waits for the device
+        seed = kernels.draw_seed() if dropout else 0
         return residual_norm(x, f, self.weight, self.bias, self.eps, Added(dropout, seed, factor))
 
 

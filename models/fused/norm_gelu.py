@@ -78,11 +78,12 @@ class NormedGelu(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         to_residual = None if ctx.of_residual is None else grad.to(ctx.of_residual)
-        if not ctx.saved_tensors:
+        saved = ctx.saved_tensors
+        if not saved:
             return None, None, None, to_residual, None, None
         from models.fused import norm_kernels
 
-        x, moments, weight, bias = ctx.saved_tensors
+        x, moments, weight, bias = saved
         rows, width = x.numel() // x.shape[-1], x.shape[-1]
         to_x = torch.empty_like(x)
         columns, height, warps = norm_kernels.tile(width)

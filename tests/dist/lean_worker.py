@@ -22,11 +22,11 @@ from pretrain.train import Trainer
 ROOT = str(Path(__file__).parents[2])
 WAITING = {"_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "unique_dim", "_unique2", "allclose"}
 """Operators whose result's value or size the host has to know."""
-ON_HOST = {"attention", "dropped_blocks"}  # draw from the host's generator, whatever the device
+ON_HOST = {"draw_seed", "dropped_blocks"}  # draw from the host's generator, whatever the device
 
 
 class Waits(TorchDispatchMode):
-    """On a CPU: whoever asks for a value. On a GPU torch itself raises where the host waits."""
+    """Whoever asks for a value; on a GPU torch itself tells (benchmarks.gpu)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,12 +48,8 @@ def watched(path: str, overrides: list[str], world: parallel.World) -> list[str]
     trainer.step(first)  # what is allocated or moved once
     waits = Waits()
     with waits, patch.object(engine, "known_infinite", lambda norm: False):
-        if world.device.type == "cuda":
-            torch.cuda.set_sync_debug_mode("error")
         for batches in others:
             trainer.step(batches)
-        if world.device.type == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
     return waits.places
 
 

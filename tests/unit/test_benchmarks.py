@@ -160,10 +160,13 @@ def test_a_gpus_figures_come_in_one_go(tmp_path):
         found[minutes] = json.loads((tmp_path / "figures.json").read_text())
         assert found[minutes]["command"] in (tmp_path / "table.md").read_text()
     cases = found["5"]["cases"]
-    names = ["step image_demo", "kernels image_demo", "compiled image_demo", "recomputed image_demo"]
-    assert list(cases) == [*names, "baseline image_mae_demo"] and not found["5"]["left_out"]
+    names = ["step", "agreement", "kernels", "compiled", "recomputed"]
+    assert list(cases) == [*(f"{name} image_demo" for name in names), "baseline image_mae_demo"]
+    assert not found["5"]["left_out"]
     assert not any("error" in case for case in cases.values()), cases
     assert cases["step image_demo"]["micro_batch"] == 2 and (tmp_path / "trace.json").exists()
     assert {"fused", "torch", "fused but norm", "fused and grouped"} < set(cases["kernels image_demo"]["seconds"])
+    assert set(cases["agreement image_demo"]["off"]) == set(cases["kernels image_demo"]["seconds"])
+    assert all(off == [0, 0] for off in cases["agreement image_demo"]["off"].values())  # on a CPU all are torch's
     assert found["0"]["left_out"] == list(cases) and not found["0"]["cases"]
     assert "No time was left for: step image_demo" in (tmp_path / "table.md").read_text()

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+pytest.importorskip("triton")
+
 from models.audio import RelativePositions, WaveformEncoder
 from models.config import AudioConfig, DecoderConfig, ImageConfig, ModelConfig
 from models.convolution import convolve

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+pytest.importorskip("triton")
+
 from models.config import DropoutConfig, ModelConfig
 from models.encoder import Block
 from models.fused import kernels, norm_kernels
