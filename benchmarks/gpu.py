@@ -122,13 +122,8 @@ def agreement(trainer: Trainer) -> dict[str, Any]:
     for name in ("torch", *(other for other in choices if other != "torch")):
         kernels.use(choices[name])
         loss = trainer.model(batch).regression
-        found = torch.cat(
-            [
-                g.float().flatten()
-                for g in (loss, *torch.autograd.grad(loss, learned, allow_unused=True))
-                if g is not None
-            ]
-        )
+        gradients = torch.autograd.grad(loss, learned, allow_unused=True)
+        found = torch.cat([x.detach().float().flatten() for x in (loss, *gradients) if x is not None])
         if reference is None:
             reference = found
         loss_off = (found[0] - reference[0]) / reference[0]
