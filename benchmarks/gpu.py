@@ -29,6 +29,7 @@ from benchmarks.step import GIB, ROOT, MatrixRate, hardware, measured, now, peak
 from models.fused import kernels
 from models.fused.kernels import Kernels
 from pretrain import parallel
+from pretrain.baselines import start
 from pretrain.config import Config, batch_plan, load
 from pretrain.data.loader import build_dataset, build_loader
 from pretrain.engine import read_mechanics
@@ -71,9 +72,9 @@ def prepare(preset: str, precision: str, overrides: Sequence[str], most: int = 1
 
 def with_trainer(config: Config, world: World, use: Callable[[Trainer], dict[str, Any]]) -> dict[str, Any]:
     """What `use` finds of a trainer that lives no longer."""
-    trainer = None
+    trainer: Trainer | None = None
     try:
-        trainer = Trainer(config, world)
+        trainer = start(config, world).build(None)
         if world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         return use(trainer)

@@ -143,8 +143,9 @@ def test_memory_is_what_ranks_hold():
     assert measured["optimizer"] > measured["teacher"] > measured["weights"] > measured["gradients"] > 0
 
 
-def test_a_gpus_figures_come_in_one_go(tmp_path):
+def test_a_gpus_figures_come_in_one_go(tmp_path, monkeypatch):
     """As far as a CPU goes; what there is no time for is named."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # which takes minutes for what a GPU does in no time
     presets = ["--presets", "image_demo", "--compared", "image_demo", "--baselines", "image_mae_demo"]
     small = [
         "--precision=fp32",
