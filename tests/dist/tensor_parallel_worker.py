@@ -52,7 +52,7 @@ def steps(overrides: list[str], folder: Path, world: parallel.World) -> dict[str
         seen["batch"] += [digest(b.inputs, b.ids_keep, b.ids_mask) for b in micro_batches]
         sums, result = trainer.step(micro_batches)
         seen["loss"].append(float(sums.loss))
-        seen["norm"].append(result.grad_norm)
+        seen["norm"].append(float(result.grad_norm))
     encoder.attention = plain
     path = checkpoint.save(folder, trainer.engine, trainer.teacher, trainer.state, config, world)
     state = checkpoint.load(path, trainer.engine, trainer.teacher, world)
