@@ -244,6 +244,7 @@ def test_several_sources_joined_by_plus_follow_one_another(tmp_path):
     both = open_audio(f"{tmp_path}/x+{tmp_path}/y")
     assert [skipped.split(":")[0] for skipped in both.skipped] == [str(tmp_path / "y/bad.wav")]
     failure(lambda: open_audio(f"{tmp_path}/x+{tmp_path}/nowhere"), "nowhere does not exist")
+    failure(lambda: open_audio(f"{tmp_path}/x+"), "there is nothing before or behind a +")
     (tmp_path / "moved").mkdir()
     for name in "xy":
         (tmp_path / name).rename(tmp_path / "moved" / name)
