@@ -18,6 +18,8 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -28,8 +30,7 @@ from torch import Tensor
 from benchmarks.step import GIB, ROOT, MatrixRate, hardware, measured, now, peak_bytes, random_batches, rounded
 from models.fused import kernels
 from models.fused.kernels import Kernels
-from pretrain import parallel
-from pretrain.baselines import start
+from pretrain import baselines, parallel
 from pretrain.config import Config, batch_plan, load
 from pretrain.data.loader import build_dataset, build_loader
 from pretrain.engine import read_mechanics
@@ -47,6 +48,10 @@ COMPARED = ("image_large", "audio_large", "text_large")  # kernels, one modality
 BASELINES = ("mae_base", "wav2vec2_base", "roberta_base")  # transformers' networks, of the size of ours
 ROOM = 0.7  # of the memory, for what is estimated
 ROUNDS = 4
+
+
+Use = Callable[[Trainer], dict[str, Any]]
+"""What finds figures of a trainer."""
 
 
 class Case(NamedTuple):
@@ -70,11 +75,11 @@ def prepare(preset: str, precision: str, overrides: Sequence[str], most: int = 1
     return config
 
 
-def with_trainer(config: Config, world: World, use: Callable[[Trainer], dict[str, Any]]) -> dict[str, Any]:
+def with_trainer(config: Config, world: World, use: Use) -> dict[str, Any]:
     """What `use` finds of a trainer that lives no longer."""
     trainer: Trainer | None = None
     try:
-        trainer = start(config, world).build(None)
+        trainer = baselines.start(config, world).build(None)
         if world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         return use(trainer)
@@ -111,6 +116,17 @@ def kernel_choices() -> dict[str, Kernels]:
     return {"fused": Kernels(), "torch": Kernels(**dict.fromkeys(parts, "torch"))} | without | more
 
 
+def stepped(trainer: Trainer, preset: str, steps: int, trace: Path | None) -> dict[str, Any]:
+    """`benchmarks.step`'s figures, and what is asked for."""
+    found = measured(trainer, steps, 2, trace)
+    share = found["tflop_per_s"] * 1e12 / DATASHEET
+    return found | {"datasheet_share": share, "target": TARGETS.get(preset)}
+
+
+def switched(trainer: Trainer) -> dict[str, Any]:
+    return variants(trainer, kernel_choices())
+
+
 def agreement(trainer: Trainer) -> dict[str, Any]:
     """How far loss and gradients by kernels are from those by torch's operators, as shares, nothing being drawn."""
     (batch,) = next(random_batches(trainer.config, trainer))
@@ -143,7 +159,7 @@ def alone(trainer: Trainer) -> dict[str, Any]:
 
 def waits(trainer: Trainer) -> dict[str, Any]:
     """How often torch sees the host wait for the GPU in a step."""
-    first, second = (next(random_batches(trainer.config, trainer)) for _ in range(2))
+    first, second = islice(random_batches(trainer.config, trainer), 2)
     trainer.step(first)
     torch.cuda.set_sync_debug_mode("warn")
     with warnings.catch_warnings(record=True) as caught:
@@ -171,46 +187,30 @@ def from_loader(trainer: Trainer, folder: Path, steps: int) -> dict[str, Any]:
 def cases(world: World, out: Path, args: argparse.Namespace) -> list[Case]:
     """In the order of their weight: the last are left out first."""
 
-    def config(preset: str, *more: str) -> Config:
-        return prepare(preset, args.precision, [*more, *args.overrides], args.most)
+    def case(name: str, preset: str, use: Use, *more: str, most: int = args.most) -> Case:
+        overrides = [*more, *args.overrides]
+        return Case(
+            f"{name} {preset}",
+            lambda: with_trainer(prepare(preset, args.precision, overrides, most), world, use),
+        )
 
-    def timed(preset: str, *more: str, trace: Path | None = None) -> Callable[[], dict[str, Any]]:
-        def use(trainer: Trainer) -> dict[str, Any]:
-            found = measured(trainer, args.steps, 2, trace)
-            target = TARGETS.get(preset)
-            return found | {"datasheet_share": found["tflop_per_s"] * 1e12 / DATASHEET, "target": target}
+    def timed(preset: str, trace: Path | None = None) -> Use:
+        return partial(stepped, preset=preset, steps=args.steps, trace=trace)
 
-        return lambda: with_trainer(config(preset, *more), world, use)
-
-    def switched(preset: str) -> Callable[[], dict[str, Any]]:
-        return lambda: with_trainer(config(preset), world, lambda trainer: variants(trainer, kernel_choices()))
-
-    def watched(preset: str) -> Callable[[], dict[str, Any]]:
-        return lambda: with_trainer(config(preset), world, waits)
-
-    def agreeing(preset: str) -> Callable[[], dict[str, Any]]:
-        still = ["model.mask.noise_std=0"]
-        few = prepare(preset, args.precision, [*still, *args.overrides], min(4, args.most))
-        return lambda: with_trainer(few, world, agreement)
-
-    def beside(preset: str) -> Callable[[], dict[str, Any]]:
-        return lambda: with_trainer(config(preset), world, alone)
-
-    first = args.presets[0]
-    found = [Case(f"step {first}", timed(first, trace=out / "trace.json"))]
-    found += [Case(f"step {preset}", timed(preset)) for preset in args.presets[1:]]
+    first, *others = args.presets
+    found = [case("step", first, timed(first, out / "trace.json"))]
+    found += [case("step", preset, timed(preset)) for preset in others]
     if world.device.type == "cuda":
-        found += [Case(f"waits {preset}", watched(preset)) for preset in args.compared]
-    found += [Case(f"agreement {preset}", agreeing(preset)) for preset in args.compared]
-    found += [Case(f"kernels {preset}", switched(preset)) for preset in args.compared]
-    found.append(Case(f"compiled {first}", timed(first, "train.compile=true")))
-    found.append(Case(f"recomputed {first}", timed(first, "train.recompute=true")))
-    for preset in args.baselines:
-        found.append(Case(f"baseline {preset}", beside(preset)))
+        found += [case("waits", preset, waits) for preset in args.compared]
+    still = "model.mask.noise_std=0"
+    found += [case("agreement", preset, agreement, still, most=min(4, args.most)) for preset in args.compared]
+    found += [case("kernels", preset, switched) for preset in args.compared]
+    found.append(case("compiled", first, timed(first), "train.compile=true"))
+    found.append(case("recomputed", first, timed(first), "train.recompute=true"))
+    found += [case("baseline", preset, alone) for preset in args.baselines]
     if args.data:
         workers = f"data.workers={max(1, (os.cpu_count() or 2) - 1)}"
-        read = lambda trainer: from_loader(trainer, args.data, args.steps)  # noqa: E731
-        found.append(Case(f"loader {first}", lambda: with_trainer(config(first, workers), world, read)))
+        found.append(case("loader", first, partial(from_loader, folder=args.data, steps=args.steps), workers))
     return found
 
 
@@ -234,7 +234,7 @@ def table(figures: dict[str, Any]) -> str:
     for name, found in figures["cases"].items():
         if "tflop_per_s" in found:
             rate = next(value for key, value in found.items() if key.endswith("s_per_s"))
-            asked = f"{found['target']:.0%}" if found.get("target") else ""
+            asked = f"{found['target']:.0%}" if found["target"] else ""
             lines.append(
                 f"| {name} | {found['micro_batch']} | {1000 * found['seconds']:.1f} | {rate:.4g} | "
                 f"{found['tflop_per_s']:.4g} | {found['datasheet_share']:.1%} | {asked} | {found['peak_gib']:.1f} |"
