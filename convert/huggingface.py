@@ -34,7 +34,7 @@ from convert.authors import COPY_TEACHER
 from models.config import RATE, HeadConfig, ModelConfig, problems
 from models.data2vec import Data2Vec, Encoder
 from models.heads import FineTuned
-from models.masks import real_positions
+from models.masks import without_padding
 from pretrain.checkpoint import CheckpointError
 from pretrain.data.sources import DataError
 from pretrain.data.tokenizer import Tokenizer, tokenizer_among
@@ -232,7 +232,7 @@ def _check(
         raise CheckpointError(f"transformers finds in {name} another model's weights; {told}")
     expected = _outputs(model, head, tensors, inputs, lengths)
     if lengths is not None and expected.dim() == 3:  # what stands for padding means nothing
-        expected, found = (x * real_positions(x, lengths) for x in (expected, found))
+        expected, found = (without_padding(x, lengths) for x in (expected, found))
     error = float((expected - found).abs().max() / expected.abs().max().clamp(min=1))
     if not error <= BOUND:
         raise CheckpointError(
@@ -275,4 +275,4 @@ def _outputs(
     encoder = Encoder(model).eval()
     encoder.load_state_dict(tensors)
     features = encoder.local(inputs, lengths)
-    return encoder(features * real_positions(features, lengths), lengths=lengths, ends=lengths)
+    return encoder(without_padding(features, lengths), lengths=lengths, ends=lengths)

@@ -11,6 +11,7 @@ from pathlib import Path
 from models.config import HeadConfig, ModelConfig
 from pretrain import full
 from pretrain.checkpoint import latest
+from pretrain.config import SCHEDULES as FALLING
 from pretrain.config import (
     DataConfig,
     OptimConfig,
@@ -133,7 +134,7 @@ class Config:
 TASKS = {"image": "image", "speech": "audio", "text": "text"}  # and their modalities
 GLUE = ("CoLA", "MNLI", "MRPC", "QNLI", "QQP", "RTE", "SST-2", "STS-B")
 CLASSES, NUMBER = "classes", "number"  # kinds of labels
-SCHEDULES = ("cosine", "linear", "tri_stage")
+SCHEDULES = (*FALLING, "tri_stage")
 CASES = ("lower", "upper", "keep")
 
 

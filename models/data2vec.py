@@ -21,7 +21,7 @@ from models.decoder import Decoder
 from models.encoder import Block, init_linear
 from models.fused.attention import Bias
 from models.image import PatchEmbedding, SinCosPositions
-from models.masks import real_positions, scatter_rows
+from models.masks import scatter_rows, without_padding
 from models.movable import Movable
 from models.targets import Moments, mean_target, regression, summed_loss
 from models.text import InFeatures, TokenEmbedding
@@ -173,8 +173,7 @@ class Encoder(nn.Module):
 
         Nothing comes from behind the end of a padded sample, as if it were alone.
         """
-        if lengths is not None:
-            features = features * real_positions(features, lengths)
+        features = without_padding(features, lengths)
         yield features.float()
         x, bias = self.context(features, lengths=lengths, ends=lengths)
         for output, _ in self.layers(x, bias):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from models.config import HeadConfig, ModelConfig
 from models.data2vec import dropped_blocks
 from models.fused.linear import Linear
-from models.masks import real_positions
+from models.masks import without_padding
 from models.objectives import encoder
 
 
@@ -100,8 +100,7 @@ class FineTuned(nn.Module):
                 features = features.masked_fill(hidden[..., None], 0)
             if channels is not None:
                 features = features.masked_fill(channels[:, None], 0)
-            if lengths is not None:
-                features = features * real_positions(features, lengths)
+            features = without_padding(features, lengths)
             dropped = dropped_blocks(self.config, seed) if self.training else ()
             states = self.student(features, lengths=lengths, dropped=dropped, ends=lengths)
         return self.head(states[:, self.config.extra_tokens :])

@@ -56,6 +56,16 @@ def random_words(keys: U64, count: int) -> U64:
     return hash_u64(keys[:, None] + _GOLDEN * np.arange(1, count + 1, dtype=np.uint64))
 
 
+def uniform(words: U64) -> NDArray[np.float64]:
+    """Words as numbers in [0, 1)."""
+    return np.multiply(words >> np.uint64(11), 2.0**-53, dtype=np.float64)
+
+
+def below(words: U64, bound: int) -> NDArray[np.int64]:
+    """Words as whole numbers in [0, bound), which is at most 2^32."""
+    return ((words >> np.uint64(32)) * np.uint64(bound) >> np.uint64(32)).astype(np.int64)
+
+
 def draw_block_masks(config: MaskConfig, keys: U64, shape: tuple[int, ...]) -> Masks:
     """Block masks for R rows over a grid of one or two axes (docs/method.md 3).
 
@@ -71,7 +81,7 @@ def draw_block_masks(config: MaskConfig, keys: U64, shape: tuple[int, ...]) -> M
         blocks = int(positions * (share + config.adjust) / config.length ** len(shape))
     words = random_words(keys, blocks + positions)
 
-    centre = ((words[:, :blocks] >> np.uint64(32)) * np.uint64(positions) >> np.uint64(32)).astype(np.int64)
+    centre = below(words[:, :blocks], positions)
     offset = np.arange(config.length) - config.length // 2
     cells = np.zeros((len(keys), blocks, 1), np.int64)
     for axis, (at, size) in enumerate(zip(np.unravel_index(centre, shape), shape, strict=True), 1):
@@ -100,7 +110,7 @@ def draw_spans(
     wav2vec 2.0, 3.1 and B; rounded up or down at random, and `least` at any rate where they fit)."""
     words = random_words(keys, 1 + size)
     places = np.maximum(lengths - length + 1, 0)
-    count = (prob * lengths / length + (words[:, 0] >> np.uint64(11)) * 2.0**-53).astype(np.int64)
+    count = (prob * lengths / length + uniform(words[:, 0])).astype(np.int64)
     count = np.minimum(np.maximum(count, least), places)
     rank = np.where(np.arange(size) < places[:, None], words[:, 1:] >> np.uint64(1), np.iinfo(np.int64).max)
     starts = np.zeros((len(keys), size + length), np.int64)
@@ -152,3 +162,8 @@ def real_positions(x: Tensor, lengths: Tensor | None) -> Tensor:
     if lengths is None:
         return x.new_ones(len(x), x.shape[1], 1)
     return (torch.arange(x.shape[1], device=x.device) < lengths.to(x.device)[:, None])[..., None].to(x.dtype)
+
+
+def without_padding(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """x (B, T, D), zero behind each sample's end; itself if nothing is padded."""
+    return x if lengths is None else x * real_positions(x, lengths)

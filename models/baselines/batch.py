@@ -13,10 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from models.baselines.config import MlmConfig
-from models.masks import U64, random_words
+from models.masks import U64, below, random_words, uniform
 from models.movable import Movable
-
-MOST = np.uint64(32)  # bits of a word that choose among less than 2^32
 
 
 @dataclass(frozen=True)
@@ -36,16 +34,6 @@ class Hidden(Movable):
     @property
     def rows(self) -> int:
         return len(self.inputs)
-
-
-def uniform(words: U64) -> NDArray[np.float64]:
-    """Words as numbers in [0, 1)."""
-    return np.multiply(words >> np.uint64(11), 2.0**-53, dtype=np.float64)
-
-
-def below(words: U64, bound: int) -> NDArray[np.int64]:
-    """Words as whole numbers in [0, bound), which is at most 2^32."""
-    return ((words >> MOST) * np.uint64(bound) >> MOST).astype(np.int64)
 
 
 def draw_negatives(keys: U64, hidden: NDArray[np.bool_], count: int) -> NDArray[np.int64]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from models.config import ModelConfig
 from models.data2vec import FullView, dropped_blocks
 from models.fused.linear import Linear
-from models.masks import real_positions
+from models.masks import real_positions, without_padding
 
 
 class BorrowedEncoder(nn.Module, ABC):
@@ -36,10 +36,9 @@ class BorrowedEncoder(nn.Module, ABC):
         lengths: Tensor | None = None,
         dropped: Collection[int] = (),
     ) -> Iterator[Tensor]:
-        """Output of each block in turn but the `dropped`. `ids_keep` is for samples that are not padded."""
+        """Output of each block in turn but the `dropped`, of features that are zero behind a sample's end. `ids_keep`
+        is for samples that are not padded."""
         mask = None
-        if lengths is not None:
-            features = features * real_positions(features, lengths)
         x = self.enter(features, ids_keep)
         if lengths is not None:
             mask = real_positions(x, lengths + self.leading)[..., 0].bool()[:, None, None]  # of keys
@@ -50,8 +49,7 @@ class BorrowedEncoder(nn.Module, ABC):
 
     def states(self, features: Tensor, lengths: Tensor | None = None) -> Iterator[Tensor]:
         """Local features and then each block's output, the last being the encoder's: (B, T, D) in fp32."""
-        if lengths is not None:
-            features = features * real_positions(features, lengths)
+        features = without_padding(features, lengths)
         yield features.float()
         for i, x in enumerate(self.layers(features, lengths=lengths), start=1):
             yield (self.leave(x) if i == len(self.blocks) else x)[:, self.leading :].float()
@@ -66,7 +64,7 @@ class BorrowedEncoder(nn.Module, ABC):
     ) -> Tensor:
         """Local features -> output of the last block (B, E+T, D), or (B, E+K, D) of what is kept. Samples end at
         `lengths`, whether `ends` are given or not."""
-        x = features
+        x = features = without_padding(features, lengths)
         for output in self.layers(features, ids_keep, lengths, dropped):
             x = output
         return x

@@ -41,7 +41,7 @@ class ResidualNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor, f: Tensor | None = None, dropout: float = 0.0, factor: Tensor | None = None) -> Tensor:
         """LayerNorm(x + f), by the kernel: (N, K, D), (N, K, D) -> (N, K, D). Of f the share `dropout` is left out and
-        the rest makes up for it; the rest of each sample is multiplied by its `factor`, (N,)."""
+        the rest makes up for it; the rest of each sample is multiplied by its `factor`, (N, 1, 1)."""
         if f is None:
             return super().forward(x)
         seed = kernels.draw_seed() if dropout else 0

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 pytest.importorskip("triton")
 
@@ -21,12 +21,8 @@ from models.decoder import Decoder
 from models.fused import grouped, grouped_kernels, kernels, norm_kernels
 from models.fused.norm_gelu import NormGelu, norm_gelu
 from tests.compiled import compiled
+from tests.twins import doubles, drawn, same
 
-CLOSE = {
-    torch.float32: {"rtol": 1e-5, "atol": 1e-5},
-    torch.float16: {"rtol": 2**-9, "atol": 2**-8},
-    torch.bfloat16: {"rtol": 2**-6, "atol": 2**-5},
-}
 IMAGE = ModelConfig(width=32, heads=4, image=ImageConfig(size=20, patch=4), decoder=DecoderConfig(32, 2, 3, 2))
 AUDIO = dataclasses.replace(
     IMAGE,
@@ -42,27 +38,6 @@ def chosen():
     kernels.use(kernels.Kernels(convolution="triton", grouped="triton"))
     yield
     kernels.use(kernels.Kernels())
-
-
-def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape).to(dtype).requires_grad_()
-
-
-def same(y: Tensor, given: list[Tensor], plain: Tensor, twin: list[Tensor], dtype: torch.dtype | None = None) -> None:
-    """y and its gradients for what is given are those of its float64 twin."""
-    close = CLOSE[dtype or y.dtype]
-    torch.testing.assert_close(y.double(), plain, **close)
-    upstream = torch.randn_like(y)
-    gradients = torch.autograd.grad(y, given, upstream)
-    for own, gradient, expected in zip(
-        given, gradients, torch.autograd.grad(plain, twin, upstream.double()), strict=True
-    ):
-        assert gradient.dtype == own.dtype
-        torch.testing.assert_close(gradient.double(), expected, **close)
-
-
-def doubles(given: list[Tensor]) -> list[Tensor]:
-    return [t.detach().double().requires_grad_() for t in given]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -18,8 +18,8 @@ from models.encoder import Block
 from models.fused import kernels, norm_kernels
 from models.fused.norm import ResidualNorm, type_of_norm
 from tests.compiled import compiled
+from tests.twins import doubles, drawn, same
 
-CLOSE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.bfloat16: {"rtol": 2**-6, "atol": 2**-5}}
 CONFIG = ModelConfig(width=24, heads=2)
 SHAPE = (3, 7)  # samples, positions: an odd number of rows
 
@@ -38,26 +38,14 @@ def layer(width: int, dtype: torch.dtype = torch.float32) -> ResidualNorm:
     return norm.to(dtype)
 
 
-def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape).to(dtype).requires_grad_()
-
-
 def against_float64(
     norm: ResidualNorm, x: Tensor, f: Tensor, y: Tensor, times: Tensor | float = 1.0, dtype: torch.dtype | None = None
 ) -> None:
     """y and all its gradients are those of LayerNorm(x + times * f)."""
     given = (x, f, norm.weight, norm.bias)
-    twin = [t.detach().double().requires_grad_() for t in given]
+    twin = doubles(given)
     plain = F.layer_norm(twin[0] + times * twin[1], x.shape[-1:], *twin[2:], norm.eps)
-    close = CLOSE[dtype or f.dtype]
-    torch.testing.assert_close(y.double(), plain, **close)
-    upstream = torch.randn_like(y)
-    gradients = torch.autograd.grad(y, given, upstream)
-    for own, gradient, expected in zip(
-        given, gradients, torch.autograd.grad(plain, twin, upstream.double()), strict=True
-    ):
-        assert gradient.dtype == own.dtype
-        torch.testing.assert_close(gradient.double(), expected, **close)
+    same(y, given, plain, twin, dtype or f.dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
