@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from models.config import ModelConfig
-from models.convolution import conv_norm_gelu, convolve
+from models.convolution import RowsConv1d, conv_norm_gelu, convolve
 from models.fused.grouped import GroupedConv1d
 from models.fused.linear import Linear
 from models.fused.norm_gelu import NormGelu
@@ -21,7 +21,7 @@ class WaveformEncoder(nn.Module):
         audio = config.audio
         widths = [1] + [audio.channels] * len(audio.kernels)
         self.convs = nn.ModuleList(
-            nn.Conv1d(c_in, audio.channels, kernel, stride, bias=False)
+            RowsConv1d(c_in, audio.channels, kernel, stride, bias=False)
             for c_in, kernel, stride in zip(widths, audio.kernels, audio.strides, strict=False)
         )
         self.norms = nn.ModuleList(NormGelu(audio.channels) for _ in self.convs)

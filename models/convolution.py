@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.fused import grouped, kernels
+from models.fused import grouped, kernels, taps
 from models.fused.linear import linear
 from models.fused.norm_gelu import norm_gelu
 from models.masks import gather_rows
@@ -16,28 +16,30 @@ def convolve(conv: nn.Module, x: Tensor, shape: tuple[int, ...], ids: Tensor | N
     """`conv` on (N, T, C) over a grid of `shape`, prod(shape) = T -> (N, T', C'), or (N, P, C') at `ids` (N, P) alone.
 
     Activations stay channels-last throughout. A 2-D convolution sees a permuted view of them, which is exactly the
-    layout it is fastest in; in 1-D torch transposes, and still is faster than in 2-D with an axis of 1. The kernels of
-    grouped convolutions, where they are chosen, take the rows as they are.
+    layout it is fastest in; in 1-D torch transposes, and still is faster than in 2-D with an axis of 1. What has no
+    groups, and the kernels of grouped convolutions where they are chosen, take the rows as they are.
     """
-    n, _, c = x.shape
-    if ids is not None and isinstance(conv, WindowConv1d):
+    if isinstance(conv, RowsConv1d):
         return conv(x, ids)
+    n, _, c = x.shape
     if kernels.triton("grouped", x) and grouped.applicable(conv):
         return gather_rows(conv(x, shape), ids)
     y = conv(x.view(n, *shape, c).movedim(-1, 1))
     return gather_rows(y.movedim(1, -1).reshape(n, -1, y.shape[1]), ids)
 
 
-class WindowConv1d(nn.Conv1d):
-    """`nn.Conv1d` with a bias and without groups that is one matrix product over windows where only some positions are
-    asked for, so that the others are not computed."""
+class RowsConv1d(nn.Conv1d):
+    """`nn.Conv1d` without groups for channels-last rows. Where only some positions are asked for it is one matrix
+    product over windows, so that the others are not computed; that takes a bias."""
 
     def forward(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
-        """(N, C, T) -> (N, C', T) as in `nn.Conv1d`; or channels-last (N, T, C) and `ids` (N, P) -> (N, P, C')."""
-        if ids is None:
-            return super().forward(x)
-        assert self.bias is not None
-        return linear(windows(x, ids, self.kernel_size[0]), self.weight.transpose(1, 2).flatten(1), self.bias)
+        """(N, T, C) -> (N, T', C'), or (N, P, C') at `ids` (N, P)."""
+        if ids is not None:
+            assert self.bias is not None
+            return linear(windows(x, ids, self.kernel_size[0]), self.weight.transpose(1, 2).flatten(1), self.bias)
+        if taps.applicable(self, x):
+            return taps.convolve(x, self)
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
 
 
 def windows(x: Tensor, ids: Tensor, kernel: int) -> Tensor:

@@ -7,7 +7,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from models.config import ModelConfig
-from models.convolution import WindowConv1d, conv_norm_gelu
+from models.convolution import RowsConv1d, conv_norm_gelu
 from models.encoder import init_linear
 from models.fused.grouped import GroupedConv1d, GroupedConv2d
 from models.fused.linear import Linear
@@ -25,7 +25,7 @@ class Decoder(nn.Module):
         decoder = config.decoder
         self.grid_shape = config.grid_shape
         self.residual = decoder.residual
-        conv = CONV[len(self.grid_shape)] if decoder.groups > 1 or len(self.grid_shape) > 1 else WindowConv1d
+        conv = CONV[len(self.grid_shape)] if decoder.groups > 1 or len(self.grid_shape) > 1 else RowsConv1d
         widths = [config.width] + [decoder.width] * decoder.layers
         self.convs = nn.ModuleList(
             conv(c_in, c_out, decoder.kernel, padding=decoder.kernel // 2, groups=decoder.groups)

@@ -37,7 +37,10 @@ class Mlp(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.dropout(F.gelu(self.fc1(x))))
+        hidden = self.fc1(x)
+        if self.training and self.dropout.p:
+            return self.fc2(self.dropout(F.gelu(hidden)))
+        return self.fc2(hidden, gelu=True)
 
 
 class DropPath(nn.Module):

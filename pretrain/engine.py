@@ -159,6 +159,8 @@ def build_engine(
         mpu=ParallelState(world) if world.tensor_ranks > 1 else None,
         dist_init_required=False,
     )
+    if world.data_ranks == 1 and not engine.zero_optimization():
+        engine.enable_backward_allreduce = False  # which copies all gradients twice also where nobody else has any
     if engine.fp16_enabled() and not engine.zero_optimization():
         engine.basic_optimizer.state.clear()  # this wrapper has allocated it by a step, which would count as t = 1
     if engine.zero_optimization() and not leaves_clipping(engine):

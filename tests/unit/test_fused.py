@@ -3,8 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from models.fused import linear
+from models.convolution import RowsConv1d
+from models.fused import linear, taps
 
 
 @pytest.mark.parametrize("shape", [(7, 24), (3, 5, 24), (2, 3, 5, 24)])
@@ -33,3 +35,55 @@ def test_linear_without_the_operator_and_in_other_precisions(monkeypatch):
     assert linear.Linear(24, 40).bfloat16()(x.bfloat16()).dtype == torch.bfloat16
     monkeypatch.setattr(linear, "AVAILABLE", False)
     torch.testing.assert_close(layer(x), fast)
+
+
+@pytest.mark.parametrize("shape", [(7, 24), (3, 5, 24)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_linear_of_gelu_keeps_its_input_alone(shape, transposed, monkeypatch):
+    monkeypatch.setattr(linear, "TRANSPOSED", transposed)
+    torch.manual_seed(0)
+    layer, x, upstream = linear.Linear(24, 40), torch.randn(shape, requires_grad=True), torch.randn(*shape[:-1], 40)
+    twin = [t.detach().double().requires_grad_() for t in (x, layer.weight, layer.bias)]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        ours = layer(x, gelu=True)
+    assert set(kept) == {x.data_ptr(), layer.weight.data_ptr()} or not linear.AVAILABLE
+    plain = F.linear(F.gelu(twin[0]), *twin[1:])
+    torch.testing.assert_close(ours.double(), plain, rtol=1e-5, atol=1e-6)
+    gradients = torch.autograd.grad(ours, (x, layer.weight, layer.bias), upstream)
+    expected = torch.autograd.grad(plain, twin, upstream.double())
+    for gradient, wanted in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient.double(), wanted, rtol=1e-5, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(layer(x, gelu=True).double(), plain, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 2, 0), (2, 2, 0), (9, 1, 4), (5, 3, 1)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_convolution_by_taps(samples, kernel, stride, padding, bias):
+    torch.manual_seed(0)
+    conv = RowsConv1d(32, 40, kernel, stride, padding=padding, bias=bias)
+    twin = nn.Conv1d(32, 40, kernel, stride, padding=padding, bias=bias).double()
+    twin.load_state_dict(conv.state_dict())
+    x = torch.randn(samples, 26, 32, requires_grad=True)
+    exact = x.detach().double().requires_grad_()
+    ours, plain = conv(x), twin(exact.transpose(1, 2)).transpose(1, 2)
+    assert ours.grad_fn.name() == "ConvolutionBackward"
+    torch.testing.assert_close(ours.double(), plain, rtol=1e-5, atol=1e-5)
+    upstream = torch.randn_like(ours)
+    gradients = torch.autograd.grad(ours, (x, *conv.parameters()), upstream)
+    expected = torch.autograd.grad(plain, (exact, *twin.parameters()), upstream.double())
+    for gradient, wanted in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_convolution_by_taps_leaves_alone_what_it_is_not_for(monkeypatch):
+    x = torch.randn(2, 20, 32)
+    conv = RowsConv1d(32, 40, 3, 2)
+    by_taps = conv(x)
+    assert RowsConv1d(1, 40, 10, 5)(x[..., :1]).shape == (2, 3, 40)  # a waveform's one channel
+    with torch.autocast("cpu", torch.bfloat16):
+        assert conv(x).dtype == torch.bfloat16
+    monkeypatch.setattr(taps, "applicable", lambda conv, x: False)
+    torch.testing.assert_close(conv(x), by_taps)

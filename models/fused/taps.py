@@ -1,0 +1,81 @@
+"""1-D convolution without groups on channels-last rows, as a matrix product for each tap of the kernel; in fp32 on CPUs.
+
+Tap j sees every `stride`-th row from the j-th on, which BLAS reads in place, so that nothing is transposed or unfolded,
+and adds to what the other taps have made. oneDNN's convolution takes 1.2 to 2.5 times as long over the backward pass
+(benchmarks/README.md). The plain twin is `nn.Conv1d`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+FEWEST = 32  # channels that make a matrix product of a tap
+
+
+def applicable(conv: nn.Conv1d, x: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.float64)
+        and conv.in_channels >= FEWEST
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+
+
+def convolve(x: Tensor, conv: nn.Conv1d) -> Tensor:
+    """(N, T, C) -> (N, T', C')."""
+    (stride,), (padding,) = conv.stride, conv.padding
+    return Convolution.apply(x, conv.weight, conv.bias, stride, padding)
+
+
+class Convolution(torch.autograd.Function):
+    """Saves x and the weights."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.stride, ctx.padding = stride, padding
+        x = F.pad(x, (0, 0, padding, padding))
+        by_tap = weight.permute(2, 1, 0).contiguous()  # (k, C, C')
+        length = (x.shape[1] - len(by_tap)) // stride + 1
+        y = x.new_empty(len(x), length, len(weight))
+        for sample, out in zip(x, y, strict=True):
+            if bias is None:
+                torch.mm(rows(sample, 0, stride, length), by_tap[0], out=out)
+            else:
+                torch.addmm(bias, rows(sample, 0, stride, length), by_tap[0], out=out)
+            for j in range(1, len(by_tap)):
+                out.addmm_(rows(sample, j, stride, length), by_tap[j])
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias, *_ = ctx.needs_input_grad
+        grad, length, padding = grad.contiguous(), grad.shape[1], ctx.padding
+        to_x = to_weight = None
+        if of_x:
+            by_tap = weight.permute(2, 0, 1).contiguous()  # (k, C', C)
+            to_x = x.new_zeros(len(x), x.shape[1] + 2 * padding, x.shape[2])
+            for into, sample in zip(to_x, grad, strict=True):
+                for j, tap in enumerate(by_tap):
+                    rows(into, j, ctx.stride, length).addmm_(sample, tap)
+            to_x = to_x[:, padding : padding + x.shape[1]]
+        if of_weight:
+            by_tap = weight.new_zeros(weight.shape[2], *weight.shape[:2])
+            for sample, out in zip(F.pad(x, (0, 0, padding, padding)), grad, strict=True):
+                for j, tap in enumerate(by_tap):
+                    tap.addmm_(out.t(), rows(sample, j, ctx.stride, length))
+            to_weight = by_tap.permute(1, 2, 0)
+        return to_x, to_weight, grad.sum((0, 1)) if of_bias else None, None, None
+
+
+def rows(x: Tensor, first: int, stride: int, count: int) -> Tensor:
+    """`count` rows of (T, C), each `stride` behind the last: a view."""
+    return x[first : first + (count - 1) * stride + 1 : stride]
