@@ -285,7 +285,7 @@ def main() -> int:
         help="of a rank (train.batch_size accumulates): images, blocks, or for speech clips",
     )
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--warmup", type=int, default=2, help="the second step still takes memory for the first time")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
     parser.add_argument("--zero", type=int, choices=(0, 1, 2, 3), default=0)
     parser.add_argument("--threads", type=int, help="of torch on CPU")

@@ -37,10 +37,7 @@ class Mlp(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.fc1(x)
-        if self.training and self.dropout.p:
-            return self.fc2(self.dropout(F.gelu(hidden)))
-        return self.fc2(hidden, gelu=True)
+        return self.fc2(self.dropout(F.gelu(self.fc1(x))))
 
 
 class DropPath(nn.Module):

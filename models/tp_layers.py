@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-import torch.nn.functional as F
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
@@ -39,8 +38,8 @@ class Row(RowParallelLinear):
         )  # fmt: skip
         self.weight, self.bias = linear.weight, linear.bias
 
-    def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
-        return super().forward(F.gelu(x) if gelu else x)[0]
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[0]
 
 
 def config(group: ProcessGroup) -> ModelParallelConfig:

@@ -1,4 +1,4 @@
-"""A linear layer in fp32 on the CPU: oneDNN where torch would ask MKL, and a GELU before it that is not kept.
+"""A linear layer in fp32 on the CPU, by oneDNN where torch would ask MKL.
 
 oneDNN adds the bias on the way, and on some AMD processors is a fifth faster. Where it has no AVX-512 it multiplies by
 a transposed matrix, which the gradient of the input is, at half to four fifths of MKL's rate: there MKL does that
@@ -25,42 +25,36 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class Product(torch.autograd.Function):
-    """`product` of x or of GELU(x), with its gradient, which torch has no formula for. Saves x alone: GELU is a small
-    part of a product, and what it gives is as large as all else that attention keeps."""
+    """`product` with its gradient, which torch has no formula for."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, gelu: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.gelu = gelu
-        return product(F.gelu(x) if gelu else x, weight, bias)
+        return product(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        rows, inputs = grad.flatten(0, -2), x.flatten(0, -2)
-        of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
-        to_x = to_weight = None
-        if of_weight:
-            to_weight = rows.t() @ (F.gelu(inputs) if ctx.gelu else inputs)
+        rows = grad.flatten(0, -2)
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        to_x = None
         if of_x:
-            to_x = product(rows, weight.t(), None) if TRANSPOSED else rows @ weight
-            if ctx.gelu:
-                torch.ops.aten.gelu_backward.grad_input(to_x, inputs, grad_input=to_x)
-            to_x = to_x.view_as(x)
-        return to_x, to_weight, rows.sum(0) if of_bias else None, None
+            to_x = (product(rows, weight.t(), None) if TRANSPOSED else rows @ weight).view_as(x)
+        to_weight = rows.t() @ x.flatten(0, -2) if of_weight else None
+        return to_x, to_weight, rows.sum(0) if of_bias else None
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool = False) -> Tensor:
-    """`F.linear` of x, or of GELU(x), by whatever is fastest here."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`F.linear`, by whatever is fastest here."""
     plain = torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()  # which does not know the operator
     if AVAILABLE and x.device.type == "cpu" and x.dtype == torch.float32 and not plain:
-        return Product.apply(x, weight, bias, gelu)
-    return F.linear(F.gelu(x) if gelu else x, weight, bias)
+        return Product.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` with a bias; the same parameters, the same function, with `gelu` of GELU(x)."""
+    """`nn.Linear` with a bias; the same parameters, the same function."""
 
-    def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
-        return linear(x, self.weight, self.bias, gelu)
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)

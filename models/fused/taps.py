@@ -1,8 +1,8 @@
-"""1-D convolution without groups on channels-last rows, as a matrix product for each tap of the kernel; in fp32 on CPUs.
+"""1-D convolution without groups on channels-last rows in fp32 on CPUs, its gradients a matrix product for each tap.
 
-Tap j sees every `stride`-th row from the j-th on, which BLAS reads in place, so that nothing is transposed or unfolded,
-and adds to what the other taps have made. oneDNN's convolution takes 1.2 to 2.5 times as long over the backward pass
-(benchmarks/README.md). The plain twin is `nn.Conv1d`.
+Tap j of the kernel sees every `stride`-th row from the j-th on, which BLAS reads and writes in place, so that nothing
+is transposed or unfolded. oneDNN is the faster forward, on rows that pass for a picture of one line, but its backward
+pass takes up to four times as long (benchmarks/README.md). The plain twin is `nn.Conv1d`.
 """
 
 from __future__ import annotations
@@ -33,6 +33,13 @@ def convolve(x: Tensor, conv: nn.Conv1d) -> Tensor:
     return Convolution.apply(x, conv.weight, conv.bias, stride, padding)
 
 
+def one_line(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, groups: int = 1
+) -> Tensor:
+    """`F.conv1d` of (N, C, T) as of a picture of one line, which oneDNN takes as it is if it is a view of rows."""
+    return F.conv2d(x[:, :, None], weight[:, :, None], bias, (1, stride), (0, padding), 1, groups)[:, :, 0]
+
+
 class Convolution(torch.autograd.Function):
     """Saves x and the weights."""
 
@@ -40,18 +47,7 @@ class Convolution(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.stride, ctx.padding = stride, padding
-        x = F.pad(x, (0, 0, padding, padding))
-        by_tap = weight.permute(2, 1, 0).contiguous()  # (k, C, C')
-        length = (x.shape[1] - len(by_tap)) // stride + 1
-        y = x.new_empty(len(x), length, len(weight))
-        for sample, out in zip(x, y, strict=True):
-            if bias is None:
-                torch.mm(rows(sample, 0, stride, length), by_tap[0], out=out)
-            else:
-                torch.addmm(bias, rows(sample, 0, stride, length), by_tap[0], out=out)
-            for j in range(1, len(by_tap)):
-                out.addmm_(rows(sample, j, stride, length), by_tap[j])
-        return y
+        return one_line(x.transpose(1, 2), weight, bias, stride, padding).transpose(1, 2)
 
     @staticmethod
     @once_differentiable

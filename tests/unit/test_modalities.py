@@ -336,7 +336,8 @@ def test_two_layer_projection_and_no_residual() -> None:
     with torch.no_grad():
         y = x
         for conv in net.decoder.convs:
-            y = F.gelu(F.layer_norm(conv(y.transpose(1, 2)).transpose(1, 2), (TEXT.decoder.width,)))
+            y = F.conv1d(y.transpose(1, 2), conv.weight, conv.bias, padding=conv.padding).transpose(1, 2)
+            y = F.gelu(F.layer_norm(y, (TEXT.decoder.width,)))
         torch.testing.assert_close(net.decoder(x), y, rtol=1e-4, atol=1e-5)
     assert [tuple(p.shape) for p in net.decoder.proj.parameters()] == [(64, 32), (64,), (32, 64), (32,)]
     assert float(net(given).regression.detach()) > 0
