@@ -177,15 +177,14 @@ def split_world(world: World, tensor_ranks: int) -> World:
 
 
 def keep_freed_memory() -> None:
-    """Has glibc keep large freed blocks for the next step rather than give them back and take page faults for new ones,
-    at no more peak memory, and torch ask for huge pages of what it makes on the CPU: some percent of a ViT-B step on
-    two cores each (benchmarks/README.md). Other C libraries and systems are left as they are."""
+    """Has glibc keep large freed blocks for the next step rather than give them back and take page faults for new ones:
+    some percent of a ViT-B step on two cores (benchmarks/README.md), at no more peak memory. Other C libraries are left
+    as they are."""
     mmap_threshold, trim_threshold = -3, -1  # the parameters' numbers in malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(mmap_threshold, 2**30)
         mallopt(trim_threshold, 2**31 - 1)
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it when it first allocates 2 MiB
 
 
 def stop() -> None:
