@@ -28,7 +28,7 @@ class GroupedConv1d(nn.Conv1d):
         if shape is not None:
             return grouped(x, self, shape)
         if x.device.type == "cpu":
-            return taps.one_line(x, self.weight, self.bias, self.stride[0], self.padding[0], self.groups)
+            return taps.one_line(x, self.weight, self.bias, self.stride[0], int(self.padding[0]), self.groups)
         return super().forward(x)
 
 

@@ -29,13 +29,10 @@ def applicable(conv: nn.Conv1d, x: Tensor) -> bool:
 
 def convolve(x: Tensor, conv: nn.Conv1d) -> Tensor:
     """(N, T, C) -> (N, T', C')."""
-    (stride,), (padding,) = conv.stride, conv.padding
-    return Convolution.apply(x, conv.weight, conv.bias, stride, padding)
+    return Convolution.apply(x, conv.weight, conv.bias, conv.stride[0], conv.padding[0])
 
 
-def one_line(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, groups: int = 1
-) -> Tensor:
+def one_line(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, groups: int = 1) -> Tensor:
     """`F.conv1d` of (N, C, T) as of a picture of one line, which oneDNN takes as it is if it is a view of rows."""
     return F.conv2d(x[:, :, None], weight[:, :, None], bias, (1, stride), (0, padding), 1, groups)[:, :, 0]
 
