@@ -159,7 +159,7 @@ def build_engine(
         mpu=ParallelState(world) if world.tensor_ranks > 1 else None,
         dist_init_required=False,
     )
-    if world.data_ranks == 1 and not engine.zero_optimization():
+    if world.data_ranks == 1 and not engine.zero_optimization() and not engine.fp16_enabled():
         engine.enable_backward_allreduce = False  # which copies all gradients twice also where nobody else has any
     if engine.fp16_enabled() and not engine.zero_optimization():
         engine.basic_optimizer.state.clear()  # this wrapper has allocated it by a step, which would count as t = 1
@@ -196,6 +196,10 @@ def optimizer_step(engine: deepspeed.DeepSpeedEngine) -> StepResult:
         engine.step()
         norm = torch.as_tensor(engine.get_global_grad_norm())
         return StepResult(engine.was_step_applied() and not known_infinite(norm), norm)
+    for parameter in engine.module.parameters():
+        if parameter.requires_grad and parameter.grad is None:
+            # Of a block that layer drop has left out. DeepSpeed's reduction, which one rank goes without, does the same.
+            parameter.grad = torch.zeros_like(parameter)
     norm = expect_norm(engine)
     if known_infinite(norm):
         engine.zero_grad()

@@ -23,7 +23,7 @@ from models.config import (
     TextConfig,
 )
 from models.data2vec import Batch, Data2Vec
-from models.fused import linear
+from models.fused import linear, taps
 from models.fused.attention import plain_attention
 from models.masks import draw_block_masks, row_keys
 from pretrain.config import load
@@ -64,8 +64,9 @@ def test_work_of_the_presets(preset, tera):
 
 
 @pytest.fixture(autouse=True)
-def plain_linear(monkeypatch):
+def plain_products(monkeypatch):
     monkeypatch.setattr(linear, "AVAILABLE", False)  # torch's counter knows its own operators only
+    monkeypatch.setattr(taps, "applicable", lambda conv, x: False)
 
 
 def random_batch(config, samples):
