@@ -1,8 +1,9 @@
 """python -m benchmarks.gpu [--out DIR] [--minutes 8]: every figure that a new GPU is asked for, in one go.
 
 Steps of all presets, part by part; each fused layer against torch's operators, switched within one run; eager against
-compiled; recomputing; a real loader; the baselines' steps; a Chrome trace, and how often the host waits in a step.
-Writes figures.json, table.md and trace.json into DIR. What no time is left for is named, not measured.
+compiled; recomputing; each Adam that is there; a real loader; the baselines' steps; a Chrome trace, and how often the
+host waits in a step. Writes figures.json, table.md and trace.json into DIR. What no time is left for, or is not
+installed, is named, not measured.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -108,12 +109,20 @@ def variants(trainer: Trainer, choices: dict[str, Kernels]) -> dict[str, Any]:
     return {"seconds": found, "ratio_to_fused": {name: value / found["fused"] for name, value in found.items()}}
 
 
-def kernel_choices() -> dict[str, Kernels]:
-    """The fused layers that are taken by themselves, none, all but one, and one more of those that are not."""
-    parts = [field.name for field in fields(Kernels)]
+def kernel_choices(device: torch.device) -> dict[str, Kernels]:
+    """The fused layers that are taken by themselves, none, all but one, one more of those that are not, and apex's."""
+    parts = [part for part, choices in kernels.CHOICES.items() if "triton" in choices]
     without = {f"fused but {part}": Kernels(**{part: "torch"}) for part in parts if part not in kernels.ON_REQUEST}
     more = {f"fused and {part}": Kernels(**{part: "triton"}) for part in kernels.ON_REQUEST}
-    return {"fused": Kernels(), "torch": Kernels(**dict.fromkeys(parts, "torch"))} | without | more
+    apex = Kernels(norm="apex")
+    others = {} if kernels.problems(apex, device) else {"fused but apex's norm": apex}
+    return {"fused": Kernels(), "torch": Kernels(**dict.fromkeys(parts, "torch"))} | without | more | others
+
+
+def not_here(device: torch.device) -> list[str]:
+    """Why optional packages are not measured, a sentence each."""
+    choices = (Kernels(adam="deepspeed"), Kernels(adam="apex"), Kernels(norm="apex"))
+    return [sentence for choice in choices for sentence in kernels.problems(choice, device)]
 
 
 def stepped(trainer: Trainer, preset: str, steps: int, trace: Path | None) -> dict[str, Any]:
@@ -124,7 +133,7 @@ def stepped(trainer: Trainer, preset: str, steps: int, trace: Path | None) -> di
 
 
 def switched(trainer: Trainer) -> dict[str, Any]:
-    return variants(trainer, kernel_choices())
+    return variants(trainer, kernel_choices(trainer.world.device))
 
 
 def agreement(trainer: Trainer) -> dict[str, Any]:
@@ -135,7 +144,7 @@ def agreement(trainer: Trainer) -> dict[str, Any]:
     trainer.model.eval()
     reference: Tensor | None = None
     off = {}
-    choices = kernel_choices()
+    choices = kernel_choices(trainer.world.device)
     for name in ("torch", *(other for other in choices if other != "torch")):
         kernels.use(choices[name])
         loss = trainer.model(batch).regression
@@ -150,7 +159,7 @@ def agreement(trainer: Trainer) -> dict[str, Any]:
 
 
 def alone(trainer: Trainer) -> dict[str, Any]:
-    """A step of a baseline, of which nothing else is known."""
+    """A step, whatever takes it."""
     seconds = variants(trainer, {"fused": Kernels()})["seconds"]["fused"]
     count = samples(trainer.config.model, trainer.plan.micro_batch)
     peak = peak_bytes(trainer.world.device) / GIB
@@ -207,6 +216,8 @@ def cases(world: World, out: Path, args: argparse.Namespace) -> list[Case]:
     found += [case("kernels", preset, switched) for preset in args.compared]
     found.append(case("compiled", first, timed(first), "train.compile=true"))
     found.append(case("recomputed", first, timed(first), "train.recompute=true"))
+    adams = [a for a in kernels.CHOICES["adam"] if a != "auto" and not kernels.problems(Kernels(adam=a), world.device)]
+    found += [case(f"adam by {adam}", first, alone, f"train.kernels.adam={adam}") for adam in adams]
     found += [case("baseline", preset, alone) for preset in args.baselines]
     if args.data:
         workers = f"data.workers={max(1, (os.cpu_count() or 2) - 1)}"
@@ -267,6 +278,7 @@ def table(figures: dict[str, Any]) -> str:
             lines += ["", f"{name}: {found['error']}"]
     if figures["left_out"]:
         lines += ["", f"No time was left for: {', '.join(figures['left_out'])}."]
+    lines += [line for sentence in figures["not_here"] for line in ("", f"Left out: {sentence}.")]
     return "\n".join(lines) + "\n"
 
 
@@ -296,6 +308,7 @@ def main() -> int:
         "matrix_tflop_per_s": MatrixRate(world.device, args.precision)() / 1e12,
         "cases": {},
         "left_out": [],
+        "not_here": not_here(world.device),
     }
     longest = 0.0
     try:

@@ -86,9 +86,9 @@ class TrainConfig:
     all clips together, and `micro_batch`, which decides which clips meet, has to be given. `precision`: fp32, bf16 or
     fp16. `deepspeed`: a JSON of mechanics. `tensor_parallel` ranks, neighbours, split every layer and see the same
     batches. `init_from`: a run, a checkpoint or a full form, whose weights a run without a checkpoint starts from.
-    `kernels`: which implementation each fused layer takes. `recompute`: the student's blocks keep their input alone
-    for the backward pass, which computes them again: less memory, a third more work. `compile`: blocks go through
-    torch.compile."""
+    `kernels`: which implementation each fused layer, and the optimizer, takes. `recompute`: the student's blocks keep
+    their input alone for the backward pass, which computes them again: less memory, a third more work. `compile`:
+    blocks go through torch.compile."""
 
     steps: int = 375_300
     batch_size: int = 256

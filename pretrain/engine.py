@@ -19,7 +19,7 @@ from models.data2vec import Encoder
 from models.encoder import Block
 from models.fused import kernels
 from pretrain.config import BatchPlan, Settings
-from pretrain.optim import ClippingAdamW, build_optimizer
+from pretrain.optim import FUSED, build_optimizer
 from pretrain.parallel import ParallelState, World
 from pretrain.settings import ConfigError
 
@@ -44,7 +44,6 @@ KEYS = (
     *("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "stage3_model_persistence_threshold"),
     *("stage3_max_live_parameters", "stage3_max_reuse_distance"),
 )
-ZERO_SUPPORTED_OPTIMIZERS.append(ClippingAdamW)  # as the AdamW that it is; of others DeepSpeed warns
 
 
 class StepResult(NamedTuple):
@@ -109,6 +108,12 @@ def engine_config(config: Settings, plan: BatchPlan) -> dict[str, Any]:
             f"{config.train.deepspeed} offloads the optimizer, which model.dropout.layer={config.model.dropout.layer} "
             "cannot have; set one without offload, or model.dropout.layer=0"
         )
+    if config.train.kernels.adam in FUSED:
+        asked = f"train.kernels.adam={config.train.kernels.adam}"
+        if offload:
+            raise ConfigError(f"{asked} runs on GPUs, and {config.train.deepspeed} offloads the optimizer; take auto")
+        if precision == "fp16" and stage == 0:  # DeepSpeed has another wrapper for them, which lays masters out flat
+            raise ConfigError(f"{asked} in fp16 needs ZeRO 1, 2 or 3; set train.deepspeed=ds_configs/zero1.json")
     if config.train.compile and stage == 3:
         # Its hooks, a few for every module, are compiled anew for each until torch gives up.
         raise ConfigError("train.compile needs ZeRO 0, 1 or 2; set train.deepspeed=ds_configs/zero1.json")
@@ -152,10 +157,14 @@ def build_engine(
         from models.tp_layers import split_blocks  # megatron-core takes seconds to import, and only this needs it
 
         split_blocks(model, world.tensor_group)
+    settings, model = engine_config(config, plan), model.to(world.device)
+    optimizer = build_optimizer(groups, config.optim, config.train.kernels.adam)
+    if type(optimizer) not in ZERO_SUPPORTED_OPTIMIZERS:
+        ZERO_SUPPORTED_OPTIMIZERS.append(type(optimizer))  # as the Adam that it is; of others DeepSpeed warns
     engine, *_ = deepspeed.initialize(
-        model=model.to(world.device),
-        optimizer=build_optimizer(groups, config.optim),
-        config=engine_config(config, plan),
+        model=model,
+        optimizer=optimizer,
+        config=settings,
         mpu=ParallelState(world) if world.tensor_ranks > 1 else None,
         dist_init_required=False,
     )
@@ -171,7 +180,7 @@ def build_engine(
 
 
 def deepspeed_clips(fp16: bool, stage: int, offload: bool) -> bool:
-    """Whether DeepSpeed's optimizer clips and looks for what is not finite; else the kernel of `ClippingAdamW` does."""
+    """Whether DeepSpeed's optimizer clips and looks for what is not finite; else `pretrain.optim` does."""
     return fp16 or stage == 3 or offload
 
 
@@ -182,8 +191,8 @@ def leaves_clipping(engine: deepspeed.DeepSpeedEngine) -> bool:
 def optimizer_step(engine: deepspeed.DeepSpeedEngine) -> StepResult:
     """Clips and steps after the last backward of a step. A non-finite gradient moves no weights.
 
-    The host waits for a GPU in fp16, whose scale it has to know, at stage 3, with offload or overlap_comm, and, in
-    fp32, at stages 1 and 2; nowhere else.
+    The host waits for a GPU in fp16, whose scale it has to know, at stage 3, with offload or overlap_comm, in fp32 at
+    stages 1 and 2, and for the FusedAdam of apex or DeepSpeed; nowhere else.
     """
     if leaves_clipping(engine):
         engine.step()
@@ -198,7 +207,7 @@ def optimizer_step(engine: deepspeed.DeepSpeedEngine) -> StepResult:
         return StepResult(engine.was_step_applied() and not known_infinite(norm), norm)
     for parameter in engine.module.parameters():
         if parameter.requires_grad and parameter.grad is None:
-            # Of a block that layer drop has left out. DeepSpeed's reduction, which one rank goes without, does the same.
+            # Of a block that layer drop has left out. DeepSpeed's reduction does so, which one rank goes without.
             parameter.grad = torch.zeros_like(parameter)
     norm = expect_norm(engine)
     if known_infinite(norm):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pretrain.config import EmaConfig, OptimConfig
+from pretrain.settings import ConfigError
 
 
 def parameter_groups(model: Any, config: OptimConfig) -> list[dict[str, Any]]:
@@ -46,9 +48,80 @@ class ClippingAdamW(torch.optim.AdamW):
         self.grad_scale = ((norm.float() + 1e-6) / self.most).clamp(min=1) if self.most else None
 
 
-def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> ClippingAdamW:
-    """Its rate is 0 until `set_hyperparameters`: some engines step once at start to allocate state."""
-    return ClippingAdamW(groups, config.clip_norm, lr=0.0, betas=config.betas, eps=config.eps)
+FUSED = ("apex", "deepspeed")  # kernels of a FusedAdam
+
+
+class ClippingFirst(torch.optim.Optimizer):
+    """Goes before apex's or DeepSpeed's FusedAdam, whose kernel neither clips nor skips. Gradients are gone over once
+    more, on the device, and the host waits for it, once an update, to know whether anything is to move. Not run on
+    hardware.
+
+    Of steps taken `set_hyperparameters` keeps count: theirs goes up with each call, of which ZeRO makes one a group.
+    """
+
+    norm: Tensor | None = None
+    finite: bool | None = None  # None: the host has not asked yet
+
+    def __init__(self, groups: list[dict[str, Any]], most: float, **settings: Any) -> None:
+        super().__init__(groups, **settings)
+        self.most = most
+
+    def expect(self, norm: Tensor) -> None:
+        """The gradients of the next step have the global `norm` ()."""
+        self.norm, self.finite = norm, None
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        groups = self.param_groups
+        filled = [group for group in groups if group["params"]]  # at stage 3 the others are empty, which apex fails at
+        if self.norm is not None:
+            if self.finite is None:
+                self.finite = bool(self.norm.isfinite())
+            if not self.finite:
+                return
+            gradients = [p.grad for group in filled for p in group["params"] if p.grad is not None]
+            if self.most and gradients:
+                torch._foreach_mul_(gradients, (self.most / (self.norm.float() + 1e-6)).clamp(max=1))
+        counts = [group.setdefault("step", 0) for group in filled]
+        for group in filled:
+            for state in (self.state[p] for p in group["params"]):
+                if state:  # an empty one they have yet to fill
+                    state["step"] = group["step"]  # where DeepSpeed's counts
+        self.param_groups = filled
+        super().step(closure)
+        self.param_groups = groups
+        for group, count in zip(filled, counts, strict=True):
+            group["step"] = count
+
+
+def fused_adam(adam: str) -> Any:
+    """The class."""
+    if adam == "apex":
+        from apex.optimizers import FusedAdam
+    else:
+        from deepspeed.ops.adam import FusedAdam
+    return FusedAdam
+
+
+@cache
+def clipping_first(fused: type) -> Any:
+    """A FusedAdam with `ClippingFirst` before it: one class, for DeepSpeed compares types."""
+    return type(f"Clipping{fused.__name__}", (ClippingFirst, fused), {})
+
+
+def build_optimizer(
+    groups: list[dict[str, Any]], config: OptimConfig, adam: str = "auto"
+) -> ClippingAdamW | ClippingFirst:
+    """`adam` of `models.fused.kernels`. Its rate is 0 until `set_hyperparameters`: some engines step once at start to
+    allocate state. Raises ConfigError if a FusedAdam cannot be loaded."""
+    settings: dict[str, Any] = {"lr": 0.0, "betas": config.betas, "eps": config.eps}
+    if adam not in FUSED:
+        return ClippingAdamW(groups, config.clip_norm, **settings)
+    try:
+        kind = clipping_first(fused_adam(adam))
+        return kind(groups, config.clip_norm, adam_w_mode=True, bias_correction=True, **settings)
+    except Exception as error:  # whatever a compiler, a driver or a loader says
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ConfigError(f"train.kernels.adam={adam} cannot be loaded ({reason}); take auto") from error
 
 
 def learning_rate(step: int, config: OptimConfig, steps: int) -> float:
@@ -74,8 +147,9 @@ def set_hyperparameters(optimizer: Any, lr: float, update: int, config: OptimCon
     """Readies the groups, each with its `lr_scale` if it has one, for optimizer step `update`, counted from 1.
 
     The authors add eps to sqrt(v) *before* v's bias is corrected (docs/method.md 1.7). That is AdamW with
-    eps / sqrt(1 - b2^t), so any fused AdamW computes it once eps is set anew before each step.
+    eps / sqrt(1 - b2^t), so any fused AdamW computes it once eps is set anew before each step. `step`, how many were
+    taken before, is for `ClippingFirst`: torch's counts itself.
     """
     eps = config.eps / math.sqrt(1 - config.betas[1] ** update)
     for group in optimizer.param_groups:
-        group["lr"], group["eps"] = lr * group.get("lr_scale", 1.0), eps
+        group["lr"], group["eps"], group["step"] = lr * group.get("lr_scale", 1.0), eps, update - 1

@@ -1,4 +1,5 @@
-"""Which implementation each fused layer takes: kernels in Triton, or torch's operators, which are their plain twins.
+"""Which implementation each fused layer takes: kernels in Triton, or torch's operators, which are their plain twins;
+and, by name, apex's or DeepSpeed's where there is one.
 
 The choice changes speed and memory, and results by no more than rounding, but that noise between rows is drawn as other
 numbers of the same distribution. It is one for the whole process, as that of torch's own backends is, and nothing that
@@ -25,13 +26,16 @@ class Kernels:
     """Of each fused layer `triton`, `torch`, or `auto`: triton on a GPU where it is installed, else torch; of those
     `ON_REQUEST` torch. Noise and dropout are the same distributions, other numbers.
 
-    `attention`: with linear biases or padding; with dropout alone `auto` is torch's own, which is fused, too. `norm`:
-    dropout, residual and LayerNorm of a block. `convolution`: LayerNorm over channels, GELU and residual behind a
-    convolution. `grouped`: the convolution itself, where it has groups, as matrix products. `targets`: the teacher's
-    outputs normalised and averaged. `loss`: squared error or smooth-L1 with the moments of prediction and target.
-    `rows`: kept positions taken and put back, with noise between them. `teacher`: the average's update and its cast.
+    `adam`: the optimizer, `torch`'s, which `auto` is, too, or the FusedAdam of `deepspeed` or `apex`. `attention`: with
+    linear biases or padding; with dropout alone `auto` is torch's own, which is fused, too. `norm`: dropout, residual
+    and LayerNorm of a block; of `apex` LayerNorm alone. `convolution`: LayerNorm over channels, GELU and residual
+    behind a convolution. `grouped`: the convolution itself, where it has groups, as matrix products. `targets`: the
+    teacher's outputs normalised and averaged. `loss`: squared error or smooth-L1 with the moments of prediction and
+    target. `rows`: kept positions taken and put back, with noise between them. `teacher`: the average's update and its
+    cast.
     """
 
+    adam: str = "auto"
     attention: str = "auto"
     norm: str = "auto"
     convolution: str = "auto"
@@ -43,13 +47,17 @@ class Kernels:
 
 
 ON_REQUEST = ("grouped",)  # cuDNN's convolutions take tensor cores, too, and which is faster is not known
-CHOICES = ("auto", "triton", "torch")
+CHOICES = dict.fromkeys((field.name for field in fields(Kernels)), ("auto", "triton", "torch")) | {
+    "adam": ("auto", "torch", "deepspeed", "apex"),
+    "norm": ("auto", "triton", "torch", "apex"),
+}
+APEX = {"adam": "amp_C", "norm": "fused_layer_norm_cuda"}  # what NVIDIA's alone has, where it is built with kernels
 _used = Kernels()
 
 
-def asked_for(part: str) -> bool:
-    """Whether `part` is to be Triton's by name."""
-    return getattr(_used, part) == "triton"
+def asked_for(part: str, choice: str = "triton") -> bool:
+    """Whether `part` is to be Triton's, or another's, by name."""
+    return getattr(_used, part) == choice
 
 
 def draw_seed() -> int:
@@ -62,12 +70,19 @@ def problems(kernels: Kernels, device: torch.device) -> list[str]:
     found = []
     for field in fields(kernels):
         choice = getattr(kernels, field.name)
-        if choice not in CHOICES:
-            found.append(f"kernels.{field.name}={choice!r}: know {', '.join(CHOICES)}")
+        if choice not in CHOICES[field.name]:
+            found.append(f"kernels.{field.name}={choice!r}: know {', '.join(CHOICES[field.name])}")
         elif choice == "triton" and not AVAILABLE:
             found.append(f"kernels.{field.name}=triton, which is not installed; take auto")
         elif choice == "triton" and device.type != "cuda" and not INTERPRETED:
             found.append(f"kernels.{field.name}=triton runs on GPUs; on the CPU set TRITON_INTERPRET=1, or take auto")
+        elif choice == "apex" and importlib.util.find_spec(APEX[field.name]) is None:
+            found.append(
+                f"kernels.{field.name}=apex needs NVIDIA's apex, built with --cpp_ext and --cuda_ext from "
+                "github.com/NVIDIA/apex (PyPI's apex is another package); without it take auto"
+            )
+        elif choice in ("apex", "deepspeed") and device.type != "cuda":
+            found.append(f"kernels.{field.name}={choice} runs on GPUs alone; take auto")
     return found
 
 

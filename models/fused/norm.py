@@ -36,14 +36,14 @@ class Added(NamedTuple):
 
 
 class ResidualNorm(nn.LayerNorm):
-    """`nn.LayerNorm`: the same parameters, and without f the same function. A module, as ZeRO 3 gathers the weights of
-    what is called."""
+    """`nn.LayerNorm`: the same parameters, and without f the same function, by apex if that is asked for. A module, as
+    ZeRO 3 gathers the weights of what is called."""
 
     def forward(self, x: Tensor, f: Tensor | None = None, dropout: float = 0.0, factor: Tensor | None = None) -> Tensor:
         """LayerNorm(x + f), by the kernel: (N, K, D), (N, K, D) -> (N, K, D). Of f the share `dropout` is left out and
         the rest makes up for it; the rest of each sample is multiplied by its `factor`, (N, 1, 1)."""
         if f is None:
-            return super().forward(x)
+            return apex_norm(x, self) if kernels.asked_for("norm", "apex") else super().forward(x)
         seed = kernels.draw_seed() if dropout else 0
         return residual_norm(x, f, self.weight, self.bias, self.eps, Added(dropout, seed, factor))
 
@@ -56,6 +56,15 @@ def residual_norm(x: Tensor, f: Tensor, weight: Tensor, bias: Tensor, eps: float
         raise ValueError(f"what is added has the shape {tuple(f.shape)}; it must be that of x, {tuple(x.shape)}")
     saved = torch.is_grad_enabled() and any(t.requires_grad for t in (x, f, weight, bias))
     return ResidualNormed.apply(x, f, weight, bias, eps, added, saved)
+
+
+def apex_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """NVIDIA apex's LayerNorm of x by the parameters of `norm`, in torch's type. Not run on hardware."""
+    from apex.normalization.fused_layer_norm import fused_layer_norm_affine
+
+    x = x.to(type_of_norm(x, x.dtype))
+    with torch.autocast(x.device.type, enabled=False):  # it would have it all in low precision
+        return fused_layer_norm_affine(x, norm.weight, norm.bias, norm.weight.shape, norm.eps)
 
 
 def type_of_norm(x: Tensor, dtype: torch.dtype) -> torch.dtype:

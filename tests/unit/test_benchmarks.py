@@ -161,9 +161,12 @@ def test_a_gpus_figures_come_in_one_go(tmp_path, monkeypatch):
         found[minutes] = json.loads((tmp_path / "figures.json").read_text())
         assert found[minutes]["command"] in (tmp_path / "table.md").read_text()
     cases = found["5"]["cases"]
-    names = ["step", "agreement", "kernels", "compiled", "recomputed"]
+    names = ["step", "agreement", "kernels", "compiled", "recomputed", "adam by torch"]
     assert list(cases) == [*(f"{name} image_demo" for name in names), "baseline image_mae_demo"]
     assert not found["5"]["left_out"]
+    whys = ("adam=deepspeed runs on GPUs alone", "adam=apex needs NVIDIA's apex", "norm=apex needs NVIDIA's apex")
+    for why, sentence in zip(whys, found["5"]["not_here"], strict=True):
+        assert why in sentence and f"Left out: {sentence}." in (tmp_path / "table.md").read_text()
     assert not any("error" in case for case in cases.values()), cases
     assert cases["step image_demo"]["micro_batch"] == 2 and (tmp_path / "trace.json").exists()
     assert {"fused", "torch", "fused but norm", "fused and grouped"} < set(cases["kernels image_demo"]["seconds"])

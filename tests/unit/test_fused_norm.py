@@ -17,6 +17,7 @@ from models.config import DropoutConfig, ModelConfig
 from models.encoder import Block
 from models.fused import kernels, norm_kernels
 from models.fused.norm import ResidualNorm, type_of_norm
+from tests import fused_adam
 from tests.compiled import compiled
 from tests.twins import doubles, drawn, same
 
@@ -181,6 +182,48 @@ def test_a_block_drops_while_it_trains_alone() -> None:
     fused = block(x)[0]
     kernels.use(kernels.Kernels(norm="torch"))
     torch.testing.assert_close(fused, block(x)[0])
+
+
+@pytest.fixture
+def apex(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
+    """apex's norm, by its twin, is taken; what it is given is of these types."""
+    given: list[torch.dtype] = []
+    twin = fused_adam.layer_norm
+    monkeypatch.setattr(fused_adam, "layer_norm", lambda x, *more: given.append(x.dtype) or twin(x, *more))
+    fused_adam.install(monkeypatch)
+    kernels.use(kernels.Kernels(norm="apex"))
+    return given
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_apexs_norm_is_torchs(dtype: torch.dtype, apex: list[torch.dtype]) -> None:
+    torch.manual_seed(0)
+    norm, x = layer(24, dtype), drawn(*SHAPE, 24, dtype=dtype)
+    y, given = norm(x), (x, norm.weight, norm.bias)
+    twin = doubles(given)
+    same(y, given, F.layer_norm(twin[0], (24,), *twin[1:], norm.eps), twin)
+    assert apex == [dtype]
+
+
+def test_apexs_norm_is_in_fp32_under_a_gpus_autocast(apex: list[torch.dtype], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("models.fused.norm.type_of_norm", lambda x, dtype: torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(24)(drawn(*SHAPE, 24, dtype=torch.bfloat16)).dtype == torch.float32
+    assert apex == [torch.float32]
+
+
+def test_a_block_is_the_same_with_apexs_norm(apex: list[torch.dtype]) -> None:
+    """Dropout and drop path are torch's either way, and draw the same."""
+    config = dataclasses.replace(CONFIG, dropout=DropoutConfig(residual=0.5, mlp=0.5))
+    block, x, found = Block(config, 0.5), drawn(5, 7, 24), []
+    for choice in ("apex", "torch"):
+        kernels.use(kernels.Kernels(norm=choice))
+        torch.manual_seed(2)
+        out, ffn = block(x)
+        found.append((out, ffn, *torch.autograd.grad(out.square().sum() + ffn.sum(), (x, *block.parameters()))))
+    assert len(apex) == 2
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
 
 
 def test_checkpoints_know_the_same_names() -> None:

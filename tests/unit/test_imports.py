@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LAYERS = {"models": 0, "pretrain": 1, "finetune": 2, "convert": 2, "benchmarks": 3, "tests": 4}
 DEEPSPEED = {
-    f"pretrain/{name}.py" for name in ("engine", "parallel", "launchers", "ema", "pieces", "checkpoint", "train")
+    f"pretrain/{name}.py"
+    for name in ("engine", "optim", "parallel", "launchers", "ema", "pieces", "checkpoint", "train")
 }
 MAX_LINES = 450
 FOLDERS = [d for d in ROOT.iterdir() if d.is_dir() and not d.name.startswith(".") and d.name != "runs"]
