@@ -229,7 +229,7 @@ def found_of(case: Case) -> dict[str, Any]:
     """Its figures; of a case that fails, which costs no other, why."""
     try:
         return rounded(case.run())
-    except (RuntimeError, ConfigError) as error:
+    except (RuntimeError, ImportError, ConfigError) as error:
         return {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
 
 

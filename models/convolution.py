@@ -16,8 +16,8 @@ def convolve(conv: nn.Module, x: Tensor, shape: tuple[int, ...], ids: Tensor | N
     """`conv` on (N, T, C) over a grid of `shape`, prod(shape) = T -> (N, T', C'), or (N, P, C') at `ids` (N, P) alone.
 
     Activations stay channels-last throughout. A 2-D convolution sees a permuted view of them, which is exactly the
-    layout it is fastest in; in 1-D torch transposes, and still is faster than in 2-D with an axis of 1. What has no
-    groups, and the kernels of grouped convolutions where they are chosen, take the rows as they are.
+    layout it is fastest in. In 1-D torch transposes on GPUs; in fp32 on the CPU rows pass for a picture of one line
+    (`fused/taps.py`). The kernels of grouped convolutions, where they are chosen, take the rows as they are.
     """
     if isinstance(conv, RowsConv1d):
         return conv(x, ids)

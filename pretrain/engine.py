@@ -204,7 +204,7 @@ def optimizer_step(engine: deepspeed.DeepSpeedEngine) -> StepResult:
     if engine.zero_optimization():
         engine.step()
         norm = torch.as_tensor(engine.get_global_grad_norm())
-        return StepResult(engine.was_step_applied() and not known_infinite(norm), norm)
+        return StepResult(engine.was_step_applied() and not known_infinite(norm) and stepped(engine), norm)
     for parameter in engine.module.parameters():
         if parameter.requires_grad and parameter.grad is None:
             # Of a block that layer drop has left out. DeepSpeed's reduction does so, which one rank goes without.
@@ -214,7 +214,12 @@ def optimizer_step(engine: deepspeed.DeepSpeedEngine) -> StepResult:
         engine.zero_grad()
         return StepResult(False, norm)
     engine.step()
-    return StepResult(True, norm)
+    return StepResult(stepped(engine), norm)
+
+
+def stepped(engine: deepspeed.DeepSpeedEngine) -> bool:
+    """Whether the optimizer has moved anything, as far as it was told on the host."""
+    return getattr(engine.basic_optimizer, "finite", None) is not False
 
 
 def known_infinite(norm: Tensor) -> bool:

@@ -27,7 +27,7 @@ class GroupedConv1d(nn.Conv1d):
         (N, T, C')."""
         if shape is not None:
             return grouped(x, self, shape)
-        if x.device.type == "cpu":
+        if self.groups > 1 and taps.plain(self, x):
             return taps.one_line(x, self.weight, self.bias, self.stride[0], int(self.padding[0]), self.groups)
         return super().forward(x)
 

@@ -1,8 +1,8 @@
 """A linear layer in fp32 on the CPU, by oneDNN where torch would ask MKL.
 
-oneDNN adds the bias on the way, and on some AMD processors is a fifth faster. Where it has no AVX-512 it multiplies by
-a transposed matrix, which the gradient of the input is, at half to four fifths of MKL's rate: there MKL does that
-(benchmarks/README.md). The plain twin is `torch.nn.Linear`, which this is on other devices, in other precisions, and in
+oneDNN adds the bias on the way, and on some AMD processors is a fifth faster. On one without AVX-512 it multiplied by a
+transposed matrix, which the gradient of the input asks for, at half to nine tenths of MKL's rate, and on another, of
+which that is not known, it was the faster: MKL does it where there is no AVX-512 (benchmarks/README.md). The plain twin is `torch.nn.Linear`, which this is on other devices, in other precisions, and in
 a torch without the operator.
 """
 

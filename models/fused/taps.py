@@ -18,12 +18,18 @@ FEWEST = 32  # channels that make a matrix product of a tap
 
 
 def applicable(conv: nn.Conv1d, x: Tensor) -> bool:
+    return conv.groups == 1 and conv.in_channels >= FEWEST and plain(conv, x) and not torch.compiler.is_compiling()
+
+
+def plain(conv: nn.Conv1d, x: Tensor) -> bool:
+    """fp32 or float64 on the CPU, zeros around it, and a kernel without holes."""
     return (
         x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.float64)
-        and conv.in_channels >= FEWEST
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
+        and conv.dilation == (1,)
+        and conv.padding_mode == "zeros"
+        and not isinstance(conv.padding, str)
     )
 
 
@@ -62,7 +68,8 @@ class Convolution(torch.autograd.Function):
             to_x = to_x[:, padding : padding + x.shape[1]]
         if of_weight:
             by_tap = weight.new_zeros(weight.shape[2], *weight.shape[:2])
-            for sample, out in zip(F.pad(x, (0, 0, padding, padding)), grad, strict=True):
+            padded = F.pad(x, (0, 0, padding, padding)) if padding else x
+            for sample, out in zip(padded, grad, strict=True):
                 for j, tap in enumerate(by_tap):
                     tap.addmm_(out.t(), rows(sample, j, ctx.stride, length))
             to_weight = by_tap.permute(1, 2, 0)

@@ -7,6 +7,7 @@ from torch import nn
 
 from models.convolution import RowsConv1d
 from models.fused import linear, taps
+from models.fused.grouped import GroupedConv1d
 
 
 @pytest.mark.parametrize("shape", [(7, 24), (3, 5, 24), (2, 3, 5, 24)])
@@ -68,3 +69,33 @@ def test_convolution_by_taps_leaves_alone_what_it_is_not_for(monkeypatch):
         assert conv(x).dtype == torch.bfloat16
     monkeypatch.setattr(taps, "applicable", lambda conv, x: False)
     torch.testing.assert_close(conv(x), by_taps)
+
+
+@pytest.mark.parametrize("settings", [{"dilation": 2}, {"padding_mode": "circular"}, {"padding": "same"}])
+def test_convolutions_that_rows_are_not_for(settings):
+    x = torch.randn(2, 20, 32)
+    for conv in (
+        RowsConv1d(32, 32, 3, **{"padding": 1} | settings),
+        GroupedConv1d(32, 32, 3, groups=4, **{"padding": 1} | settings),
+    ):
+        plain = nn.Conv1d(32, 32, 3, groups=conv.groups, **{"padding": 1} | settings)
+        plain.load_state_dict(conv.state_dict())
+        ours = conv(x) if isinstance(conv, RowsConv1d) else conv(x.transpose(1, 2)).transpose(1, 2)
+        torch.testing.assert_close(ours, plain(x.transpose(1, 2)).transpose(1, 2))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_grouped_convolution_of_rows(stride):
+    torch.manual_seed(0)
+    conv = GroupedConv1d(32, 48, 7, stride, padding=3, groups=4)
+    twin = nn.Conv1d(32, 48, 7, stride, padding=3, groups=4).double()
+    twin.load_state_dict(conv.state_dict())
+    x = torch.randn(3, 21, 32, requires_grad=True)
+    exact = x.detach().double().requires_grad_()
+    ours, plain = conv(x.transpose(1, 2)), twin(exact.transpose(1, 2))
+    torch.testing.assert_close(ours.double(), plain, rtol=1e-5, atol=1e-5)
+    upstream = torch.randn_like(ours)
+    gradients = torch.autograd.grad(ours, (x, *conv.parameters()), upstream)
+    expected = torch.autograd.grad(plain, (exact, *twin.parameters()), upstream.double())
+    for gradient, wanted in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient.double(), wanted, rtol=1e-5, atol=1e-5)
