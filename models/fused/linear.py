@@ -2,8 +2,8 @@
 
 oneDNN adds the bias on the way, and on some AMD processors is a fifth faster. On one without AVX-512 it multiplied by a
 transposed matrix, which the gradient of the input asks for, at half to nine tenths of MKL's rate, and on another, of
-which that is not known, it was the faster: MKL does it where there is no AVX-512 (benchmarks/README.md). The plain twin is `torch.nn.Linear`, which this is on other devices, in other precisions, and in
-a torch without the operator.
+which that is not known, it was the faster: MKL does it where there is no AVX-512 (benchmarks/README.md). The plain twin
+is `torch.nn.Linear`, which this is on other devices, in other precisions, and in a torch without the operator.
 """
 
 from __future__ import annotations
