@@ -8,6 +8,7 @@ from torch import nn
 from models.convolution import RowsConv1d
 from models.fused import linear, taps
 from models.fused.grouped import GroupedConv1d
+from tests.twins import doubles, drawn, same
 
 
 @pytest.mark.parametrize("shape", [(7, 24), (3, 5, 24), (2, 3, 5, 24)])
@@ -48,16 +49,11 @@ def test_convolution_by_taps(samples, kernel, stride, padding, bias):
     conv = RowsConv1d(32, 40, kernel, stride, padding=padding, bias=bias)
     twin = nn.Conv1d(32, 40, kernel, stride, padding=padding, bias=bias).double()
     twin.load_state_dict(conv.state_dict())
-    x = torch.randn(samples, 26, 32, requires_grad=True)
-    exact = x.detach().double().requires_grad_()
+    x = drawn(samples, 26, 32)
+    (exact,) = doubles([x])
     ours, plain = conv(x), twin(exact.transpose(1, 2)).transpose(1, 2)
     assert ours.grad_fn.name() == "ConvolutionBackward"
-    torch.testing.assert_close(ours.double(), plain, rtol=1e-5, atol=1e-5)
-    upstream = torch.randn_like(ours)
-    gradients = torch.autograd.grad(ours, (x, *conv.parameters()), upstream)
-    expected = torch.autograd.grad(plain, (exact, *twin.parameters()), upstream.double())
-    for gradient, wanted in zip(gradients, expected, strict=True):
-        torch.testing.assert_close(gradient.double(), wanted, rtol=1e-5, atol=1e-5)
+    same(ours, (x, *conv.parameters()), plain, (exact, *twin.parameters()))
 
 
 def test_convolution_by_taps_leaves_alone_what_it_is_not_for(monkeypatch):
@@ -90,12 +86,7 @@ def test_grouped_convolution_of_rows(stride):
     conv = GroupedConv1d(32, 48, 7, stride, padding=3, groups=4)
     twin = nn.Conv1d(32, 48, 7, stride, padding=3, groups=4).double()
     twin.load_state_dict(conv.state_dict())
-    x = torch.randn(3, 21, 32, requires_grad=True)
-    exact = x.detach().double().requires_grad_()
+    x = drawn(3, 21, 32)
+    (exact,) = doubles([x])
     ours, plain = conv(x.transpose(1, 2)), twin(exact.transpose(1, 2))
-    torch.testing.assert_close(ours.double(), plain, rtol=1e-5, atol=1e-5)
-    upstream = torch.randn_like(ours)
-    gradients = torch.autograd.grad(ours, (x, *conv.parameters()), upstream)
-    expected = torch.autograd.grad(plain, (exact, *twin.parameters()), upstream.double())
-    for gradient, wanted in zip(gradients, expected, strict=True):
-        torch.testing.assert_close(gradient.double(), wanted, rtol=1e-5, atol=1e-5)
+    same(ours, (x, *conv.parameters()), plain, (exact, *twin.parameters()))
