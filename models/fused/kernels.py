@@ -8,6 +8,7 @@ a model or a checkpoint knows of.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from dataclasses import dataclass, fields
@@ -51,7 +52,10 @@ CHOICES = dict.fromkeys((field.name for field in fields(Kernels)), ("auto", "tri
     "adam": ("auto", "torch", "deepspeed", "apex"),
     "norm": ("auto", "triton", "torch", "apex"),
 }
-APEX = {"adam": "amp_C", "norm": "fused_layer_norm_cuda"}  # what NVIDIA's alone has, where it is built with kernels
+APEX = {  # what NVIDIA's alone has, the first of each where it is built with kernels
+    "adam": ("amp_C", "apex.optimizers"),
+    "norm": ("fused_layer_norm_cuda", "apex.normalization.fused_layer_norm"),
+}
 _used = Kernels()
 
 
@@ -65,6 +69,16 @@ def draw_seed() -> int:
     return int(torch.randint(2**62, (), device="cpu"))
 
 
+def why_not(*modules: str) -> str:
+    """Why these cannot be imported, in a line; empty if they can."""
+    try:
+        for module in modules:
+            importlib.import_module(module)
+    except Exception as error:  # built for another torch they raise what a loader says
+        return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return ""
+
+
 def problems(kernels: Kernels, device: torch.device) -> list[str]:
     """Why these kernels cannot run on `device`, one sentence each; empty if they can."""
     found = []
@@ -76,10 +90,10 @@ def problems(kernels: Kernels, device: torch.device) -> list[str]:
             found.append(f"kernels.{field.name}=triton, which is not installed; take auto")
         elif choice == "triton" and device.type != "cuda" and not INTERPRETED:
             found.append(f"kernels.{field.name}=triton runs on GPUs; on the CPU set TRITON_INTERPRET=1, or take auto")
-        elif choice == "apex" and importlib.util.find_spec(APEX[field.name]) is None:
+        elif choice == "apex" and (reason := why_not(*APEX[field.name])):
             found.append(
                 f"kernels.{field.name}=apex needs NVIDIA's apex, built with --cpp_ext and --cuda_ext from "
-                "github.com/NVIDIA/apex (PyPI's apex is another package); without it take auto"
+                f"github.com/NVIDIA/apex (PyPI's apex is another package); without it take auto ({reason})"
             )
         elif choice in ("apex", "deepspeed") and device.type != "cuda":
             found.append(f"kernels.{field.name}={choice} runs on GPUs alone; take auto")

@@ -8,7 +8,8 @@ import soundfile
 
 from tests.launch import run
 
-WORDS = "the state of the union is strong and the people of these united states are free and will stay so".split()
+SENTENCE = "the state of the union is strong and the people of these united states are free and will stay so"
+WORDS = SENTENCE.split()
 
 
 @pytest.fixture(scope="session")

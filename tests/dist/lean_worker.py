@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.step import random_batches
@@ -20,7 +19,16 @@ from pretrain.config import load
 from pretrain.train import Trainer
 
 ROOT = str(Path(__file__).parents[2])
-WAITING = {"_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "unique_dim", "_unique2", "allclose"}
+WAITING = {
+    "_local_scalar_dense",
+    "is_nonzero",
+    "nonzero",
+    "masked_select",
+    "equal",
+    "unique_dim",
+    "_unique2",
+    "allclose",
+}
 """Operators whose result's value or size the host has to know."""
 ON_HOST = {"draw_seed", "dropped_blocks"}  # draw from the host's generator, whatever the device
 

@@ -1,5 +1,5 @@
-"""Trains a few steps with each of the given settings, in one process. Prints a line of JSON for each: losses, a digest of
-the weights, and the bytes that a forward pass keeps for its backward pass."""
+"""Trains a few steps with each of the given settings, in one process. Prints a line of JSON for each: losses, a digest
+of the weights, and the bytes that a forward pass keeps for its backward pass."""
 
 from __future__ import annotations
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.utils import safe_get_full_fp32_param
 from deepspeed.runtime.zero import GatheredParameters
+from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor
 from torch.distributed.tensor.debug import CommDebugMode
 

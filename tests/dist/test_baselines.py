@@ -29,11 +29,11 @@ def jobs(data: dict[str, str], stage: int, *more: str, steps: int = STEPS) -> di
         f"train.deepspeed=ds_configs/zero{stage}.json",
         "optim.lr=3e-3",
     ]
-    return {
-        name: [f"tests/{FILES[name]}", f"model.objective={name}", *SMALL, *OVERRIDES[name], *common]
-        + [f"data.path={paths[name]}", *more]
-        for name in OBJECTIVES
-    }
+    jobs = {}
+    for name in OBJECTIVES:
+        own = (f"model.objective={name}", *SMALL, *OVERRIDES[name])
+        jobs[name] = [f"tests/{FILES[name]}", *own, *common, f"data.path={paths[name]}", *more]
+    return jobs
 
 
 def losses(folder: Path) -> list[float]:
@@ -107,7 +107,7 @@ def test_a_baseline_is_fine_tuned_and_converted(trained: Path, tmp_path: Path) -
 
 def test_the_benchmark_tells_and_draws(tmp_path: Path) -> None:
     """Of models that a test can train; how fast which of them is, is not tested. A second call has nothing to do."""
-    small = [line for line in ("width=32", "heads=4", "depth=2", "targets.top_k_layers=2", "image.patch=7")]
+    small = ("width=32", "heads=4", "depth=2", "targets.top_k_layers=2", "image.patch=7")
     given = [*(f"model.{line}" for line in small), "model.mae={width: 24, depth: 1, heads: 3}", "train.batch_size=8"]
     given += ["data2vec2:model.num_masks=2", "data.path=data/fashion_mnist", "probe.samples=100", "probe.test=50"]
     given += ["model.decoder.width=32", "model.decoder.groups=4", "run.keep_last=1"]
@@ -126,7 +126,7 @@ def test_the_benchmark_tells_and_draws(tmp_path: Path) -> None:
         assert [point["step"] for point in curve["points"]] == [curve["steps"] // 2, curve["steps"]]
         last = curve["points"][-1]
         assert last["seconds"] == pytest.approx(curve["steps"] * curve["seconds_per_step"], rel=1e-3)
-        assert 0 < curve["processor_seconds_per_step"] and 0 <= last["probe/linear"] <= 1
+        assert curve["processor_seconds_per_step"] > 0 and 0 <= last["probe/linear"] <= 1
         assert (tmp_path / name / "checkpoints" / "latest").read_text() == f"step_{curve['steps']:08d}\n"
     assert (tmp_path / "efficiency.png").read_bytes().startswith(b"\x89PNG")
     wrong = run("benchmarks.efficiency", *options, *given, "train.seed=2", status=2)

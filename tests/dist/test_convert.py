@@ -13,8 +13,8 @@ from models.data2vec import Data2Vec
 from pretrain import full
 from pretrain.checkpoint import CheckpointError
 from pretrain.config import load
-from pretrain.settings import ConfigError, to_yaml
 from pretrain.saved import Checkpoint
+from pretrain.settings import ConfigError, to_yaml
 from tests.launch import run
 
 STAGE_3 = "train.deepspeed=ds_configs/zero3.json"
@@ -74,7 +74,7 @@ def test_a_missing_piece_leaves_no_file(tmp_path: Path, trained: Path) -> None:
     shard = next(trained.glob("checkpoints/*/shard_00001.safetensors"))
     aside = shard.rename(tmp_path / "aside")
     try:
-        with pytest.raises(CheckpointError, match="values of .* are there"):
+        with pytest.raises(CheckpointError, match=r"values of .* are there"):
             full.write(full.read(trained), tmp_path / "out.safetensors")
     finally:
         aside.rename(shard)

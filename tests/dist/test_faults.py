@@ -195,7 +195,7 @@ def test_a_disk_that_is_full_when_the_pointer_moves(tmp_path: Path) -> None:
 
 
 def test_a_kill_before_any_operation_of_a_save(tmp_path: Path) -> None:
-    """The newest checkpoint loads, and is the one before or the new one; saving a step again never leaves it missing."""
+    """The newest checkpoint loads, and is the one before or the new one; saving a step again never leaves none."""
     new, again, left = run("tests.dist.save_worker", str(tmp_path)).stdout.splitlines()[-3:]
     steps = new.split()[1:]
     assert steps == sorted(steps) and {"1", "2"} == set(steps) and len(steps) > 20

@@ -88,15 +88,17 @@ def test_starts_from_runs_and_files_and_keeps_a_head_that_fits(tmp_path: Path, p
     third = full.read(tmp_path / "c")
     assert torch.equal(third.tensors["head.linear.weight"], first.tensors["head.linear.weight"])
     assert f"weights: {tmp_path / 'a'}, step 1" in told.stdout
-    teacher = run("finetune", *still, f"run.dir={tmp_path / 'd'}", f"train.init_from={tmp_path / 'a'}", "which=teacher", status=2)  # fmt: skip
+    given = (*still, f"run.dir={tmp_path / 'd'}", f"train.init_from={tmp_path / 'a'}", "which=teacher")
+    teacher = run("finetune", *given, status=2)
     assert "a fine-tuned model has no teacher" in teacher.stderr and teacher.stderr.count("\n") == 1
 
 
 def test_comparison_from_few_labels_to_more(tmp_path: Path, pretrained: Path) -> None:
     arguments = (TINY_FINETUNE, "eval.every=0", "eval.batch_size=2000", f"train.init_from={pretrained}")
     options = ("--labels", "20", "all", "--seeds", "1", "--out", str(tmp_path / "out"))
-    special = ("--override", "20:train.steps=2", "--override", "scratch:optim.lr=2e-3", "--override", "scratch,all:train.steps=4")  # fmt: skip
-    done = run("finetune.compare", *arguments, *options, *special)
+    special = ("20:train.steps=2", "scratch:optim.lr=2e-3", "scratch,all:train.steps=4")
+    options += tuple(word for override in special for word in ("--override", override))
+    done = run("finetune.compare", *arguments, *options)
     assert done.stdout.count("trial ") == 4 and "test/accuracy x 100" in done.stdout
     found = json.loads((tmp_path / "out" / "compare.json").read_text())["figures"]
     assert {arm: {n: len(v) for n, v in amounts.items()} for arm, amounts in found.items()} == {
@@ -105,9 +107,10 @@ def test_comparison_from_few_labels_to_more(tmp_path: Path, pretrained: Path) ->
     trial = tmp_path / "out" / "scratch_all_seed1"
     settings = full.settings(trial)
     assert (settings["train"]["steps"], settings["optim"]["lr"], settings["train"]["init_from"]) == (4, 2e-3, "")
-    assert settings["data"]["labels"] is None and full.settings(trial.with_name("pre-trained_20_seed1"))["data"]["labels"] == 20  # fmt: skip
+    few = full.settings(trial.with_name("pre-trained_20_seed1"))
+    assert settings["data"]["labels"] is None and few["data"]["labels"] == 20
     assert (tmp_path / "out" / "compare.png").read_bytes()[:4] == b"\x89PNG"
-    again = run("finetune.compare", *arguments, *options, *special)
+    again = run("finetune.compare", *arguments, *options)
     assert "trial " not in again.stdout and (tmp_path / "out" / "table.txt").read_text() in again.stdout
-    other = run("finetune.compare", *arguments, *options, *special, "optim.weight_decay=0.1", status=2)
+    other = run("finetune.compare", *arguments, *options, "optim.weight_decay=0.1", status=2)
     assert "optim.weight_decay: 0.05 -> 0.1" in other.stderr and other.stderr.count("\n") == 1

@@ -10,7 +10,7 @@ import torch
 from pretrain import full
 from tests.launch import TINY, run
 
-# The first update has rate 0, and a decay of 1 leaves the teacher alone: the first checkpoint holds what was started from.
+# The first update has rate 0, a decay of 1 leaves the teacher alone: the first checkpoint holds what was started from.
 STILL = ("train.steps=1", "ema.start=1", "ema.end=1")
 
 

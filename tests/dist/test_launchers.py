@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import ROOT, TINY, command, environment, finish, free_port, spawn
+from tests.launch import TINY, command, environment, finish, free_port, spawn
 
 BIN = Path(sys.executable).parent
 DEEPSPEED = str(BIN / "deepspeed")

@@ -19,4 +19,6 @@ WAITING = f"tests/tiny.yaml {ZERO.format(1)} train.precision=fp32"  # DeepSpeed 
 def test_a_step_waits_for_nothing():
     lines = run("tests.dist.lean_worker", *LEAN, WAITING).stdout.splitlines()
     seen = {found["scenario"]: found["waits"] for line in lines if "waits" in line and (found := json.loads(line))}
-    assert seen == dict.fromkeys(LEAN, []) | {WAITING: ["aten._local_scalar_dense.default from optimizer_step"] * 2}
+    assert seen == {scenario: [] for scenario in LEAN} | {
+        WAITING: ["aten._local_scalar_dense.default from optimizer_step"] * 2
+    }

@@ -14,6 +14,8 @@ from tests.dist.test_resume import assert_identical, progress, wait_for
 from tests.launch import assert_close, run, start, weights
 
 TINY = {"audio": "tests/tiny_audio.yaml", "text": "tests/tiny_text.yaml"}
+
+
 def trained(folder: Path, modality: str, path: str, ranks: int, stage: int, *more: str) -> dict[str, torch.Tensor]:
     mechanics = f"train.deepspeed=ds_configs/zero{stage}.json"
     run("pretrain", TINY[modality], f"data.path={path}", f"run.dir={folder}", mechanics, *more, ranks=ranks)

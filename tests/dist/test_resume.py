@@ -38,7 +38,7 @@ def assert_identical(folder: Path, reference: Path) -> None:
         assert torch.equal(ours[name], value), name
 
 
-def wait_for(condition, process) -> None:  # noqa: ANN001
+def wait_for(condition, process) -> None:
     deadline = time.monotonic() + TIMEOUT
     while not condition() and process.poll() is None:
         assert time.monotonic() < deadline, "the run hangs"

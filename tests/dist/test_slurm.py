@@ -29,7 +29,11 @@ pytestmark = pytest.mark.skipif(
 )
 STEPS, SAVE_EVERY = 80, 7
 ON_CPU = ("--gpus-per-node=0", "--ntasks-per-node=1")
-TRAIN = {path.stem: path for kind in ("pretrain_", "finetune_imagenet_") for path in sorted((ROOT / "slurm").glob(f"{kind}*.sh"))}
+TRAIN = {
+    path.stem: path
+    for kind in ("pretrain_", "finetune_imagenet_")
+    for path in sorted((ROOT / "slurm").glob(f"{kind}*.sh"))
+}
 LOAD = {"pretrain": load, "finetune": load_finetuning}
 SCRATCH = "train.init_from=''"  # the runs that fine-tuning starts from are not here
 OWN = ("data.path=/my data", "train.deepspeed=ds_configs/zero3.json", SCRATCH)
@@ -219,7 +223,7 @@ def test_every_script(cluster: Cluster, recorder: Path) -> None:
 
 
 def test_every_way_to_ask_for_gpus(cluster: Cluster, recorder: Path) -> None:
-    """One task a GPU that the job has, which sees all of its node's, and as many CPUs as the smallest node has for it."""
+    """One task a GPU that the job has, which sees all of its node's, and as many CPUs as the smallest node has."""
     stand_in = {"PYTHON": str(recorder), "RECORDS": str(recorder.parent), "STATUS": "0"}
     expected = {  # options in place of the script's, or beside them -> GPUs of a node
         ("--gpus-per-node=a100:4",): 4,
@@ -312,8 +316,6 @@ def test_mpirun_in_an_allocation_is_not_srun(cluster: Cluster, recorder: Path) -
 @pytest.mark.parametrize("name", [*TRAIN, "finetune", "convert"])
 def test_submitted_from_elsewhere(tmp_path: Path, name: str) -> None:
     script = ROOT / f"slurm/{name}.sh"
-    done = subprocess.run(
-        ["bash", script], cwd=tmp_path, env=environment(), text=True, capture_output=True, timeout=60
-    )
+    done = subprocess.run(["bash", script], cwd=tmp_path, env=environment(), text=True, capture_output=True, timeout=60)
     assert done.returncode == 2
     assert done.stderr == f"error: no slurm/job.sh in {tmp_path}: sbatch slurm/{name}.sh from the repository's folder\n"

@@ -1,4 +1,4 @@
-"""Speech fine-tuning through the real program: the same over ranks and ZeRO stages, exact resume, what is frozen stays."""
+"""Speech fine-tuning through the real program: the same over ranks and ZeRO stages, exact resume; what is frozen."""
 
 from __future__ import annotations
 

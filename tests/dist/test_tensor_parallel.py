@@ -85,14 +85,21 @@ def test_slices_hold_their_heads(ranks: int) -> None:
 
 def test_what_is_split() -> None:
     assert split_of("teacher.prenet.1.mlp.fc2.weight", 1, 4) == Split(1, 1, 1, 4)
-    for whole in ("student.blocks.0.mlp.fc2.bias", "student.local.proj.weight", "decoder.proj.weight", "student.blocks.0.norm1.weight"):
+    for whole in (
+        "student.blocks.0.mlp.fc2.bias",
+        "student.local.proj.weight",
+        "decoder.proj.weight",
+        "student.blocks.0.norm1.weight",
+    ):
         assert split_of(whole, 1, 4) is None
     assert all(split_of(f"student.blocks.0.{name}", 0, 1) is None for name in RULES)
 
 
 def test_counts_that_do_not_divide_are_refused_with_those_that_would() -> None:
     assert split_problem(ModelConfig(), 6) == ""
-    with pytest.raises(ConfigError, match=r"train.tensor_parallel=5 must divide model.heads=12 .*; 1, 2, 3, 4, 6, 12 would"):
+    with pytest.raises(
+        ConfigError, match=r"train.tensor_parallel=5 must divide model.heads=12 .*; 1, 2, 3, 4, 6, 12 would"
+    ):
         load("configs/pretrain/image_base.yaml", ["train.tensor_parallel=5"])
     told = run("pretrain", TINY, "--dry-run", "--ranks", "6", "train.tensor_parallel=4", status=2).stderr
     assert "train.tensor_parallel=4 does not divide 6 ranks; 1, 2, 3, 6 would" in told
