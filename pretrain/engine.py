@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime import compiler
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from torch import Tensor, nn
 
@@ -23,6 +24,8 @@ from pretrain.optim import FUSED, build_optimizer
 from pretrain.parallel import ParallelState, World
 from pretrain.settings import ConfigError
 
+# ZeRO loads DeepSpeed's Muon, whatever the optimizer is, and that torch's compiler, as long as all of torch takes.
+compiler.compile = lambda: lambda function: function
 # One owner a number: these live in the YAML, so a DeepSpeed JSON that sets them is refused.
 OWNED_BY_YAML = {
     "train_batch_size": "train.batch_size",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from inspect import unwrap
 from typing import Any
 
 import torch
@@ -37,6 +38,12 @@ class ClippingAdamW(torch.optim.AdamW):
 
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
+
+    # torch's say that they are not to be compiled, and import its compiler to say so: half of what a process takes to
+    # its first step, where nothing is compiled.
+    step = torch.no_grad()(unwrap(torch.optim.AdamW.step))
+    zero_grad = unwrap(torch.optim.AdamW.zero_grad)
+    add_param_group = unwrap(torch.optim.AdamW.add_param_group)
 
     def __init__(self, groups: list[dict[str, Any]], most: float, **settings: Any) -> None:
         super().__init__(groups, fused=True, **settings)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -62,6 +64,12 @@ def spawn(line: list[str], variables: dict[str, str]) -> subprocess.Popen[str]:
 def run(module: str, *args: str, ranks: int = 1, status: int | None = 0) -> subprocess.CompletedProcess[str]:
     """Runs to the end; fails with the program's own words if the exit status is not the expected one."""
     return finish(start(module, *args, ranks=ranks), status)
+
+
+def pretrain(*runs: Sequence[str], ranks: int = 1) -> str:
+    """Pre-trains each of several runs, given by what `python -m pretrain` would be, in turn in one launch, for starting
+    takes longer than a small run. What was said."""
+    return run("tests.dist.runs", *map(shlex.join, runs), ranks=ranks).stdout
 
 
 def finish(process: subprocess.Popen[str], status: int | None = 0) -> subprocess.CompletedProcess[str]:

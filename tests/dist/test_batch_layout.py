@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
-from tests.launch import TINY, assert_close, run, weights
+from tests.launch import TINY, assert_close, pretrain, weights
 
 LAYOUTS = [
     # (ranks, micro-batch, ZeRO stage)
@@ -18,25 +17,24 @@ LAYOUTS = [
     (1, 4, 2),
     (2, 2, 2),
 ]
-
-
-def trained(folder: Path, ranks: int, micro: int, stage: int) -> dict[str, torch.Tensor]:
-    run(
-        "pretrain",
-        TINY,
-        f"run.dir={folder}",
-        f"train.micro_batch={micro}",
-        f"train.deepspeed=ds_configs/zero{stage}.json",
-        ranks=ranks,
-    )
-    return weights(folder)
+REFERENCE = (1, 8, 0)
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    return trained(tmp_path_factory.mktemp("one") / "run", 1, 8, 0)
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int, int], Path]:
+    """The folders of all layouts' runs."""
+    folder = tmp_path_factory.mktemp("layouts")
+    folders = {layout: folder / "-".join(map(str, layout)) for layout in (REFERENCE, *LAYOUTS)}
+    for ranks in (1, 2):
+        mechanics = {
+            layout: [f"train.micro_batch={layout[1]}", f"train.deepspeed=ds_configs/zero{layout[2]}.json"]
+            for layout in folders
+            if layout[0] == ranks
+        }
+        pretrain(*([TINY, f"run.dir={folders[layout]}", *given] for layout, given in mechanics.items()), ranks=ranks)
+    return folders
 
 
-@pytest.mark.parametrize(("ranks", "micro", "stage"), LAYOUTS)
-def test_same_weights(tmp_path: Path, reference: dict[str, torch.Tensor], ranks: int, micro: int, stage: int) -> None:
-    assert_close(trained(tmp_path / "run", ranks, micro, stage), reference)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_same_weights(trained: dict[tuple[int, int, int], Path], layout: tuple[int, int, int]) -> None:
+    assert_close(weights(trained[layout]), weights(trained[REFERENCE]))

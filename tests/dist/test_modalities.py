@@ -8,39 +8,58 @@ import signal
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.dist.test_resume import assert_identical, progress, wait_for
-from tests.launch import assert_close, run, start, weights
+from tests.launch import assert_close, pretrain, run, start, weights
 
 TINY = {"audio": "tests/tiny_audio.yaml", "text": "tests/tiny_text.yaml"}
 
 
-def trained(folder: Path, modality: str, path: str, ranks: int, stage: int, *more: str) -> dict[str, torch.Tensor]:
-    mechanics = f"train.deepspeed=ds_configs/zero{stage}.json"
-    run("pretrain", TINY[modality], f"data.path={path}", f"run.dir={folder}", mechanics, *more, ranks=ranks)
-    return weights(folder)
+DROPOUTS = ("residual", "attention", "mlp", "prenet", "decoder", "embedding", "layer")
+STEPS = 24  # past the end of an epoch
+STOPPED = [("audio", 0, "fp32", 1), ("audio", 3, "bf16", 1), ("text", 2, "bf16", 2)]
 
 
-def without_dropout(modality: str) -> list[str]:
-    names = ("residual", "attention", "mlp", "prenet", "decoder", "embedding", "layer")
-    return [f"model.dropout.{name}=0" for name in names]
+def settings(modality: str, data: dict[str, str], stage: int, *more: str) -> list[str]:
+    return [TINY[modality], f"data.path={data[modality]}", f"train.deepspeed=ds_configs/zero{stage}.json", *more]
 
 
-@pytest.mark.parametrize("modality", ["audio", "text"])
-def test_same_weights_however_ranks_share_the_batch(tmp_path: Path, data: dict[str, str], modality: str) -> None:
-    off, path = [*without_dropout(modality), "optim.clip_norm=0.1"], data[modality]
-    small = ["train.micro_batch=2"] if modality == "text" else []  # of speech it decides which clips meet
-    one = trained(tmp_path / "one", modality, path, 1, 0, *off)
-    assert_close(trained(tmp_path / "shared", modality, path, 2, 2, *off, *small), one)
-    assert_close(trained(tmp_path / "split", modality, path, 2, 1, *off, "train.tensor_parallel=2"), one)
+def stopped(data: dict[str, str], modality: str, stage: int, precision: str, ranks: int) -> list[str]:
+    """With every dropout on; two ranks split every layer."""
+    more = (f"train.precision={precision}", f"train.steps={STEPS}", "run.save_every=5")
+    return settings(modality, data, stage, *more, f"train.tensor_parallel={ranks}")
 
 
-def test_layer_drop_trains_alike_when_blocks_are_sharded(tmp_path: Path, data: dict[str, str]) -> None:
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, data: dict[str, str]) -> Path:
+    """A folder of runs that nothing stops."""
+    folder = tmp_path_factory.mktemp("modalities")
+    off = [f"model.dropout.{name}=0" for name in DROPOUTS]
+    runs: dict[int, dict[str, list[str]]] = {1: {}, 2: {}}
+    for modality in TINY:
+        still = (*off, "optim.clip_norm=0.1")
+        small = ["train.micro_batch=2"] if modality == "text" else []  # of speech it decides which clips meet
+        runs[1][f"{modality}-one"] = settings(modality, data, 0, *still)
+        runs[2][f"{modality}-shared"] = settings(modality, data, 2, *still, *small)
+        runs[2][f"{modality}-split"] = settings(modality, data, 1, *still, "train.tensor_parallel=2")
+    for stage in (0, 3):
+        runs[2][f"layers-{stage}"] = settings("audio", data, stage, *off[:-1], "model.dropout.layer=0.5")
+    for modality, stage, precision, ranks in STOPPED:
+        runs[ranks][f"{modality}-{stage}"] = stopped(data, modality, stage, precision, ranks)
+    for ranks, named in runs.items():
+        pretrain(*([*given, f"run.dir={folder / name}"] for name, given in named.items()), ranks=ranks)
+    return folder
+
+
+@pytest.mark.parametrize("modality", TINY)
+@pytest.mark.parametrize("how", ["shared", "split"])
+def test_same_weights_however_ranks_share_the_batch(trained: Path, modality: str, how: str) -> None:
+    assert_close(weights(trained / f"{modality}-{how}"), weights(trained / f"{modality}-one"))
+
+
+def test_layer_drop_trains_alike_when_blocks_are_sharded(trained: Path) -> None:
     """Blocks that are left out have no gradient on any rank; what ZeRO 3 does about that must not differ."""
-    only = [*without_dropout("audio")[:-1], "model.dropout.layer=0.5"]
-    one = trained(tmp_path / "0", "audio", data["audio"], 2, 0, *only)
-    assert_close(trained(tmp_path / "3", "audio", data["audio"], 2, 3, *only), one)
+    assert_close(weights(trained / "layers-3"), weights(trained / "layers-0"))
 
 
 def test_layer_drop_is_the_same_on_all_ranks_and_dropout_is_not(tmp_path: Path, data: dict[str, str]) -> None:
@@ -52,27 +71,20 @@ def test_layer_drop_is_the_same_on_all_ranks_and_dropout_is_not(tmp_path: Path, 
     assert len(set(seeds)) == len(seeds) == 2 * len(seen[0]["blocks"])
 
 
-@pytest.mark.parametrize(
-    ("modality", "stage", "precision", "ranks"),
-    [("audio", 0, "fp32", 1), ("audio", 3, "bf16", 1), ("text", 2, "bf16", 2)],
-)
+@pytest.mark.parametrize(("modality", "stage", "precision", "ranks"), STOPPED)
 def test_stopped_and_continued(
-    tmp_path: Path, data: dict[str, str], modality: str, stage: int, precision: str, ranks: int
+    tmp_path: Path, trained: Path, data: dict[str, str], modality: str, stage: int, precision: str, ranks: int
 ) -> None:
-    """With every dropout on: bit for bit the run that was never stopped, past the end of an epoch; on two ranks, which
-    split every layer, too."""
-    common = [TINY[modality], f"data.path={data[modality]}", f"train.precision={precision}", "train.steps=24"]
-    common += [f"train.deepspeed=ds_configs/zero{stage}.json", "run.save_every=5", f"train.tensor_parallel={ranks}"]
-    run("pretrain", *common, f"run.dir={tmp_path / 'whole'}", ranks=ranks)
-    folder = tmp_path / "stopped"
+    """Bit for bit the run that was never stopped."""
+    common, folder = stopped(data, modality, stage, precision, ranks), tmp_path / "stopped"
     process = start("pretrain", *common, f"run.dir={folder}", ranks=ranks)
     wait_for(lambda: progress(folder) >= 3, process)
     process.send_signal(signal.SIGTERM)
     process.communicate()
     assert process.returncode == (75 if ranks == 1 else 1)  # torchrun's
-    assert progress(folder) < 24
+    assert progress(folder) < STEPS
     run("pretrain", *common, f"run.dir={folder}", ranks=ranks)
-    assert_identical(folder, tmp_path / "whole")
+    assert_identical(folder, trained / f"{modality}-{stage}")
 
 
 def test_another_tokenizer_is_refused(tmp_path: Path, data: dict[str, str]) -> None:

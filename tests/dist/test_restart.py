@@ -23,7 +23,7 @@ CHAIN: tuple[Layout, ...] = (
     ("2_offload", 2, 1),
     ("0", 2, 2),
 )
-STEPS = EVERY * len(CHAIN) + 20
+STEPS = EVERY * len(CHAIN) + 6
 
 
 def train(folder: Path, layout: Layout, deepspeed: str = "") -> None:

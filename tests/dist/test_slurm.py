@@ -260,21 +260,22 @@ def test_time_limit_signals_first(cluster: Cluster, recorder: Path) -> None:
     assert cluster.finished(job) == ("COMPLETED", 1), cluster.log(job)
 
 
-@pytest.mark.parametrize(
-    ("status", "option", "end"),
-    [
-        ("75:0", "--requeue", ("COMPLETED", 1)),
-        ("75:0", "--no-requeue", ("FAILED", 0)),
-        ("3:0", "--requeue", ("FAILED", 0)),
-        ("137:0", "--requeue", ("FAILED", 0)),
-    ],
-)
-def test_only_what_was_saved_is_requeued(
-    cluster: Cluster, recorder: Path, status: str, option: str, end: tuple[str, int]
-) -> None:
-    stand_in = {"PYTHON": str(recorder), "RECORDS": str(recorder.parent), "STATUS": status}
-    job = cluster.submit("slurm/pretrain_vitb.sh", options=("--nodes=1", *ON_CPU, option), **stand_in)
-    assert cluster.finished(job) == end, cluster.log(job)
+def test_only_what_was_saved_is_requeued(cluster: Cluster, recorder: Path) -> None:
+    stand_in = {"PYTHON": str(recorder), "RECORDS": str(recorder.parent)}
+    ends = {  # of python's statuses at each start, and an option of sbatch
+        ("75:0", "--requeue"): ("COMPLETED", 1),
+        ("75:0", "--no-requeue"): ("FAILED", 0),
+        ("3:0", "--requeue"): ("FAILED", 0),
+        ("137:0", "--requeue"): ("FAILED", 0),
+    }
+    jobs = {
+        (status, option): cluster.submit(
+            "slurm/pretrain_vitb.sh", options=("--nodes=1", *ON_CPU, option), STATUS=status, **stand_in
+        )
+        for status, option in ends
+    }
+    for case, job in jobs.items():
+        assert cluster.finished(job) == ends[case], (case, cluster.log(job))
 
 
 def test_what_is_cancelled_stays_so(cluster: Cluster, recorder: Path) -> None:

@@ -28,7 +28,7 @@ from pretrain.labelled.samples import spread
 from pretrain.parallel import World
 from pretrain.probe import RIDGE, Probe, by_neighbours, by_ridge
 from pretrain.settings import ConfigError
-from tests.launch import TINY, run
+from tests.launch import TINY, pretrain
 from tests.launch import weights as all_weights
 from tests.unit.test_probe import tiny
 from tests.unit.test_speech_text_probes import audio_config, model_of, text_config, write_sentences, write_tones
@@ -205,8 +205,8 @@ PROBED = ("probe.every=2", "probe.share=1", "probe.samples=200", "probe.test=100
 
 
 def test_training_is_the_same_with_probes_and_without(tmp_path: Path) -> None:
-    for name, more in (("without", ()), ("with", PROBED)):
-        run("pretrain", TINY, f"run.dir={tmp_path / name}", "train.steps=4", *more)
+    runs = {"without": (), "with": PROBED}
+    pretrain(*([TINY, f"run.dir={tmp_path / name}", "train.steps=4", *more] for name, more in runs.items()))
     metrics = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("without", "with")]
     assert metrics[0] == metrics[1]
     before, after = all_weights(tmp_path / "without"), all_weights(tmp_path / "with")
