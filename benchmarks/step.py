@@ -190,18 +190,22 @@ def measured(trainer: Trainer, steps: int, warmup: int, trace: Path | None = Non
     device, plan = world.device, trainer.plan
     batches, matrix_rate = random_batches(config, trainer), MatrixRate(device, config.train.precision)
 
-    def step(batch: list[Batch]) -> float:
+    def step(batch: list[Batch]) -> tuple[float, float]:
+        """Seconds it took, and those until the host had asked for all of it."""
         start = now(device)
         _, result = trainer.step(batch)
+        asked = time.perf_counter() - start
         seconds = now(device) - start
         assert result.applied or config.train.precision == "fp16", "the gradient is not finite"
-        return seconds
+        return seconds, asked
 
     for _ in range(warmup):
         step(next(batches))
-    times, rates = [], [matrix_rate()]
+    times, asked, rates = list[float](), list[float](), [matrix_rate()]
     for _ in range(steps):
-        times.append(step(next(batches)))
+        took = step(next(batches))
+        times.append(took[0])
+        asked.append(took[1])
         rates.append(matrix_rate())
     peak = peak_bytes(device)
 
@@ -209,7 +213,7 @@ def measured(trainer: Trainer, steps: int, warmup: int, trace: Path | None = Non
     for _ in range(steps):
         batch = next(batches)
         with taken_apart(trainer) as clock:
-            seconds = step(batch)
+            seconds, _ = step(batch)
         apart.append((seconds, clock.seconds))
     instrumented, parts = sorted(apart, key=lambda pair: pair[0])[len(apart) // 2]
     if trace:
@@ -222,6 +226,7 @@ def measured(trainer: Trainer, steps: int, warmup: int, trace: Path | None = Non
     return {
         "seconds": seconds,
         "seconds_each": times,
+        "host_seconds": median(asked),
         "parts": parts,
         "instrumented_seconds": instrumented,
         f"{config.model.unit}_per_s": count * world.size / seconds,
@@ -256,6 +261,7 @@ def table(figures: dict[str, Any]) -> str:
     rows = [f"{part:20} {seconds:9.4f} s {seconds / whole:6.1%}" for part, seconds in figures["parts"].items()]
     return "\n".join([
         *rows,
+        f"{'host is done after':20} {figures['host_seconds']:9.4f} s",
         f"{'taken apart, whole':20} {whole:9.4f} s",
         f"{'step':20} {figures['seconds']:9.4f} s  {rate:.4g} {unit}/s, "
         f"{figures['masked_views_per_s']:.4g} masked views/s",
