@@ -201,7 +201,9 @@ def measured(trainer: Trainer, steps: int, warmup: int, trace: Path | None = Non
 
     for _ in range(warmup):
         step(next(batches))
-    times, asked, rates = list[float](), list[float](), [matrix_rate()]
+    times: list[float] = []
+    asked: list[float] = []
+    rates = [matrix_rate()]
     for _ in range(steps):
         took = step(next(batches))
         times.append(took[0])

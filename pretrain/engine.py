@@ -24,7 +24,8 @@ from pretrain.optim import FUSED, build_optimizer
 from pretrain.parallel import ParallelState, World
 from pretrain.settings import ConfigError
 
-# ZeRO loads DeepSpeed's Muon, whatever the optimizer is, and that torch's compiler, as long as all of torch takes.
+# ZeRO loads DeepSpeed's Muon, whatever the optimizer is, which compiles a function, and so imports torch's compiler
+# (`pretrain.optim`). In this process Muon would not be compiled.
 compiler.compile = lambda: lambda function: function
 # One owner a number: these live in the YAML, so a DeepSpeed JSON that sets them is refused.
 OWNED_BY_YAML = {

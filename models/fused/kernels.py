@@ -74,7 +74,7 @@ def why_not(*modules: str) -> str:
     try:
         for module in modules:
             importlib.import_module(module)
-    except Exception as error:  # built for another torch they raise what a loader says
+    except Exception as error:  # of a library that was built for another torch, whatever its loader says
         return " ".join(f"{type(error).__name__}: {error}".split())[:200]
     return ""
 
@@ -90,13 +90,13 @@ def problems(kernels: Kernels, device: torch.device) -> list[str]:
             found.append(f"kernels.{field.name}=triton, which is not installed; take auto")
         elif choice == "triton" and device.type != "cuda" and not INTERPRETED:
             found.append(f"kernels.{field.name}=triton runs on GPUs; on the CPU set TRITON_INTERPRET=1, or take auto")
+        elif choice in ("apex", "deepspeed") and device.type != "cuda":
+            found.append(f"kernels.{field.name}={choice} runs on GPUs alone; take auto")
         elif choice == "apex" and (reason := why_not(*APEX[field.name])):
             found.append(
                 f"kernels.{field.name}=apex needs NVIDIA's apex, built with --cpp_ext and --cuda_ext from "
                 f"github.com/NVIDIA/apex (PyPI's apex is another package); without it take auto ({reason})"
             )
-        elif choice in ("apex", "deepspeed") and device.type != "cuda":
-            found.append(f"kernels.{field.name}={choice} runs on GPUs alone; take auto")
     return found
 
 

@@ -13,15 +13,16 @@ from pretrain.loop import run
 
 
 def main() -> int:
+    """Those with tensor parallelism last, of one number of ranks, for groups stay split. The first failure's status."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    world = parallel.start()
-    statuses = []
-    for line in sys.argv[1:]:
-        path, *overrides = shlex.split(line)
-        config = load(path, overrides)
-        statuses.append(run(start(config, parallel.split_world(world, config.train.tensor_parallel))))
+    configs = [load(path, overrides) for path, *overrides in map(shlex.split, sys.argv[1:])]
+    world, status = parallel.start(), 0
+    for config in sorted(configs, key=lambda config: config.train.tensor_parallel):
+        if config.train.tensor_parallel != world.tensor_ranks:
+            world = parallel.split_world(world, config.train.tensor_parallel)
+        status = status or run(start(config, world))
     parallel.stop()
-    return max(statuses)
+    return status
 
 
 if __name__ == "__main__":
