@@ -110,7 +110,8 @@ def scenario(zero: str, precision: str, world: parallel.World, kernel: str = "to
         owned += piece.values.numel()
     with CommDebugMode() as communicated:
         trainer.teacher.update(0.5)
-    moved = max(float((v - full_student(trainer)[n]).abs().max()) for n, v in expected.items())
+    student = full_student(trainer)
+    moved = max(float((v - student[n]).abs().max()) for n, v in expected.items())
     return {
         "zero": zero, "precision": precision, "rank": world.rank, "starts_equal": starts_equal, "error": error,
         "published": published, "moved": moved, "owned": int(owned), "skipped": skipped,

@@ -7,7 +7,7 @@ import pytest
 
 from tests.launch import run
 
-SCENARIOS = [f"tests/tiny_audio.yaml model.depth=12 train.deepspeed=ds_configs/zero{stage}.json" for stage in (0, 1, 3)]
+SCENARIOS = [f"tests/tiny_audio.yaml model.depth=8 train.deepspeed=ds_configs/zero{stage}.json" for stage in (0, 1, 3)]
 
 COMPILED = ["tests/tiny.yaml train.deepspeed=ds_configs/zero1.json", "tests/tiny.yaml train.compile=true"]
 

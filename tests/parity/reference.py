@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -18,13 +19,19 @@ from pretrain.settings import build, to_tree
 
 def renamed(tensors: dict[str, Tensor], prefix: str, owner: str, model: ModelConfig) -> dict[str, Tensor]:
     """The tensors below `prefix`, under our names. Raises KeyError for one that the model has not."""
-    names, out = expected_names({"model": to_tree(model)}), {}
+    names, out = names_of(model), {}
     for key, value in tensors.items():
         if key.startswith(prefix):
             name, _ = names[key.replace(prefix, f"{EMA}." if owner == "teacher" else "", 1)]
             if name:  # else it is computed here
                 out[name] = value.flatten() if key.endswith(ALIBI) else value
     return out
+
+
+@cache
+def names_of(model: ModelConfig) -> dict[str, tuple[str | None, tuple[int, ...]]]:
+    """The reference's names: it takes a network to know them."""
+    return expected_names({"model": to_tree(model)})
 
 
 def our_config(case: dict[str, Any], lr: float, zero: str, exempt_1d: bool) -> Config:

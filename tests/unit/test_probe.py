@@ -246,6 +246,7 @@ def test_report_of_a_run(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(probes, "MOST_TRAIN", 400)
     monkeypatch.setattr(probes, "MOST_TEST", 200)
+    monkeypatch.setattr(probes, "DRAWS", 2)
     monkeypatch.setattr(reports, "GALLERY", 100)
     picture = reports.report(run)
     table = ProbeTable.read(run / "probe.json")
