@@ -26,6 +26,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pretrain.train
 from models.config import ModelConfig
@@ -76,6 +77,16 @@ class Clock:
         at = now(self.device)
         self.seconds[self._open[-1]] += at - self._since
         self._since = at
+
+
+class Operators(TorchDispatchMode):
+    """Counts torch's operators, views left out: the kernels that a GPU is asked for, but for Triton's."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
 
 
 def now(device: torch.device) -> float:
@@ -217,6 +228,8 @@ def measured(trainer: Trainer, steps: int, warmup: int, trace: Path | None = Non
         with taken_apart(trainer) as clock:
             seconds, _ = step(batch)
         apart.append((seconds, clock.seconds))
+    with Operators() as operators:
+        step(next(batches))
     instrumented, parts = sorted(apart, key=lambda pair: pair[0])[len(apart) // 2]
     if trace:
         write_trace(lambda: step(next(batches)), trace, device)
@@ -229,6 +242,7 @@ def measured(trainer: Trainer, steps: int, warmup: int, trace: Path | None = Non
         "seconds": seconds,
         "seconds_each": times,
         "host_seconds": median(asked),
+        "operators": operators.count,
         "parts": parts,
         "instrumented_seconds": instrumented,
         f"{config.model.unit}_per_s": count * world.size / seconds,

@@ -75,6 +75,7 @@ def test_step_takes_itself_apart(tmp_path):
     assert found["images_per_s"] == pytest.approx(4 / found["seconds"], rel=1e-3)
     assert found["masked_views_per_s"] == pytest.approx(16 / found["seconds"], rel=1e-3)
     assert found["tflop_per_s"] == pytest.approx(found["tflop"] / found["seconds"], rel=1e-3)
+    assert 0 < found["host_seconds"] <= found["seconds"] and found["operators"] > 300
     assert found["matrix_share"] > 0 and found["matrix_tflop_per_s"] > 0 and found["peak_gib"] > 0
     expected = {"precision": "fp32", "zero": 1, "micro_batch": 2, "accumulation": 2, "ranks": 1, "threads": 1}
     assert {key: found[key] for key in expected} == expected
