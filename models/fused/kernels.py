@@ -8,7 +8,6 @@ a model or a checkpoint knows of.
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
 from dataclasses import dataclass, fields

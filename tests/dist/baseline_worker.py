@@ -1,5 +1,5 @@
-"""Run by test_baselines.py: trains baselines through the loop; on one rank also in two parts, of which something in the
-middle of a step has ended the first."""
+"""Run by test_baselines.py: trains baselines through the loop, whole and in two parts, of which something in the middle
+of a step has ended the first."""
 
 from __future__ import annotations
 
@@ -42,9 +42,8 @@ if __name__ == "__main__":
 
     for name in jobs:
         run(BaselineTraining(config(name, "whole"), world))
-        if world.size == 1:
-            try:
-                run(Broken(config(name, "killed"), world))
-            except Killed:
-                run(BaselineTraining(config(name, "killed"), world))
+        try:
+            run(Broken(config(name, "killed"), world))
+        except Killed:
+            run(BaselineTraining(config(name, "killed"), world))
     parallel.stop()

@@ -13,7 +13,7 @@ from finetune.features import load_encoder
 from finetune.report import report
 from pretrain.full import read
 from pretrain.settings import ConfigError
-from tests.launch import assert_close, run, weights
+from tests.launch import assert_close, pretrain, run, weights
 from tests.unit.test_baselines import FILES, OBJECTIVES, OVERRIDES, SMALL
 
 STEPS = 24
@@ -69,10 +69,10 @@ def test_the_same_weights_however_ranks_share_the_batch(tmp_path: Path, data: di
     """But for wav2vec 2.0, whose codes each rank draws by itself."""
     one = {name: job for name, job in jobs(data, 0, *DROPOUT, steps=6).items() if name != "wav2vec2"}
     two = {name: [*job, "train.micro_batch=2", "train.deepspeed=ds_configs/zero2.json"] for name, job in one.items()}
-    run("tests.dist.baseline_worker", str(tmp_path / "one"), json.dumps(one))
-    run("tests.dist.baseline_worker", str(tmp_path / "two"), json.dumps(two), ranks=2)
+    for ranks, jobs_of in ((1, one), (2, two)):
+        pretrain(*([*job, f"run.dir={tmp_path / str(ranks) / name}"] for name, job in jobs_of.items()), ranks=ranks)
     for name in one:
-        folders = [tmp_path / ranks / "whole" / name for ranks in ("one", "two")]
+        folders = [tmp_path / str(ranks) / name for ranks in (1, 2)]
         assert losses(folders[1]) == pytest.approx(losses(folders[0]), rel=1e-5)
         found, expected = weights(folders[1]), weights(folders[0])
         without = [key for key in expected if not key.endswith(("k_proj.bias", "key.bias"))]  # rounding noise alone
