@@ -1,9 +1,8 @@
-"""A linear layer in fp32 on the CPU, by oneDNN where torch would ask MKL.
+"""A linear layer in fp32 on the CPU, by oneDNN where that is faster than MKL, which torch would ask.
 
-oneDNN adds the bias on the way, and on some AMD processors is a fifth faster. On one without AVX-512 it multiplied by a
-transposed matrix, which the gradient of the input asks for, at half to nine tenths of MKL's rate, and on another, of
-which that is not known, it was the faster: MKL does it where there is no AVX-512 (benchmarks/README.md). The plain twin
-is `torch.nn.Linear`, which this is on other devices, in other precisions, and in a torch without the operator.
+oneDNN adds the bias on the way. On one AMD processor it was a fifth faster, input's gradient included; on two without
+AVX-512 MKL was, by up to a tenth forward and by more in the gradient (benchmarks/README.md). So AVX-512 decides. The plain
+twin is `torch.nn.Linear`, which this is on other devices, in other precisions, and in a torch without the operator.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-TRANSPOSED = torch.backends.cpu.get_cpu_capability() == "AVX512"
+FASTER = AVAILABLE and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -38,9 +37,7 @@ class Product(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         rows = grad.flatten(0, -2)
         of_x, of_weight, of_bias = ctx.needs_input_grad
-        to_x = None
-        if of_x:
-            to_x = (product(rows, weight.t(), None) if TRANSPOSED else rows @ weight).view_as(x)
+        to_x = product(rows, weight.t(), None).view_as(x) if of_x else None
         to_weight = rows.t() @ x.flatten(0, -2) if of_weight else None
         return to_x, to_weight, rows.sum(0) if of_bias else None
 
@@ -48,7 +45,7 @@ class Product(torch.autograd.Function):
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`F.linear`, by whatever is fastest here."""
     plain = torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()  # which does not know the operator
-    if AVAILABLE and x.device.type == "cpu" and x.dtype == torch.float32 and not plain:
+    if FASTER and x.device.type == "cpu" and x.dtype == torch.float32 and not plain:
         return Product.apply(x, weight, bias)
     return F.linear(x, weight, bias)
 
