@@ -1,7 +1,8 @@
 """python -m benchmarks.step --preset image_base --micro-batch 2 [section.key=value ...]: what a training step costs.
 
 Times `Trainer.step` of `pretrain.train` itself, on random images and real masks, and prints one line of JSON; the same
-as a table goes to stderr. Speed is given as a share of the matrix rate, which is measured between the timed steps.
+as a table goes to stderr. Speed is given as a share of the matrix rate, which is measured between the timed steps. With
+`--switch MODULE.NAME=VALUE,VALUE` steps take the values in turn, and nothing else is measured.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -188,6 +191,24 @@ def peak_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+class Switch:
+    """Values, in JSON, that a name of a module takes in turn: `models.fused.linear.FASTER=true,false`."""
+
+    def __init__(self, given: str) -> None:
+        """Raises ConfigError if there is no such name."""
+        path, _, values = given.partition("=")
+        module, _, self.name = path.rpartition(".")
+        try:
+            self.module = import_module(module)
+            getattr(self.module, self.name)
+            self.values = json.loads(f"[{values}]")
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ConfigError(f"--switch {given}: {error}; should be MODULE.NAME=VALUE,VALUE") from None
+
+    def to(self, value: Any) -> Any:
+        return patch.object(self.module, self.name, value)
+
+
 def measure(config: Config, world: World, steps: int, warmup: int, trace: Path | None = None) -> dict[str, Any]:
     """The figures of one configuration. `trace`: also writes a Chrome trace of one more step."""
     trainer = Trainer(config, world)
@@ -196,20 +217,51 @@ def measure(config: Config, world: World, steps: int, warmup: int, trace: Path |
     return figures
 
 
+def timed_step(trainer: Trainer, batch: list[Batch]) -> tuple[float, float]:
+    """Seconds it took, and those until the host had asked for all of it."""
+    device = trainer.world.device
+    start = now(device)
+    _, result = trainer.step(batch)
+    asked = time.perf_counter() - start
+    seconds = now(device) - start
+    assert result.applied or trainer.config.train.precision == "fp16", "the gradient is not finite"
+    return seconds, asked
+
+
+def work_of_a_step(trainer: Trainer) -> float:
+    """FLOP that the method needs, of this rank."""
+    count = samples(trainer.config.model, trainer.plan.micro_batch) * trainer.plan.accumulation
+    return useful_work(trainer.config.model).total * count
+
+
+def in_turn(trainer: Trainer, switch: Switch, steps: int, warmup: int) -> dict[str, Any]:
+    """Median seconds, share of the matrix rate around each step, and every step's, of each value; one batch for all."""
+    matrix_rate = MatrixRate(trainer.world.device, trainer.config.train.precision)
+    batch, work = next(random_batches(trainer.config, trainer)), work_of_a_step(trainer)
+    seen: dict[str, list[tuple[float, float]]] = {json.dumps(value): [] for value in switch.values}
+    for i in range(warmup + steps):
+        for value in switch.values:
+            before = matrix_rate()
+            with switch.to(value):
+                seconds, _ = timed_step(trainer, batch)
+            if i >= warmup:
+                seen[json.dumps(value)].append((seconds, 2 * work / seconds / (before + matrix_rate())))
+    return {
+        value: {
+            "seconds": median(seconds for seconds, _ in each),
+            "matrix_share": median(share for _, share in each),
+            "seconds_each": [seconds for seconds, _ in each],
+            "matrix_share_each": [share for _, share in each],
+        }
+        for value, each in seen.items()
+    }
+
+
 def measured(trainer: Trainer, steps: int, warmup: int, trace: Path | None = None) -> dict[str, Any]:
     config, world = trainer.config, trainer.world
     device, plan = world.device, trainer.plan
     batches, matrix_rate = random_batches(config, trainer), MatrixRate(device, config.train.precision)
-
-    def step(batch: list[Batch]) -> tuple[float, float]:
-        """Seconds it took, and those until the host had asked for all of it."""
-        start = now(device)
-        _, result = trainer.step(batch)
-        asked = time.perf_counter() - start
-        seconds = now(device) - start
-        assert result.applied or config.train.precision == "fp16", "the gradient is not finite"
-        return seconds, asked
-
+    step = partial(timed_step, trainer)
     for _ in range(warmup):
         step(next(batches))
     times: list[float] = []
@@ -235,7 +287,7 @@ def measured(trainer: Trainer, steps: int, warmup: int, trace: Path | None = Non
         write_trace(lambda: step(next(batches)), trace, device)
 
     count = samples(config.model, plan.micro_batch) * plan.accumulation
-    work = useful_work(config.model).total * count
+    work = work_of_a_step(trainer)
     beside = [(before + after) / 2 for before, after in pairwise(rates)]
     seconds = median(times)
     return {
@@ -287,6 +339,12 @@ def table(figures: dict[str, Any]) -> str:
     ])  # fmt: skip
 
 
+def turns(figures: dict[str, Any]) -> str:
+    """`in_turn` for people."""
+    rows = [f"{value:20} {f['seconds']:9.4f} s {f['matrix_share']:6.1%}" for value, f in figures.items()]
+    return "\n".join([f"{'value':20} {'step':>11} {'of the matrix rate'}", *rows])
+
+
 def rounded(value: Any) -> Any:
     """Five significant digits are more than any of this is good for."""
     if isinstance(value, dict):
@@ -312,6 +370,7 @@ def main() -> int:
     parser.add_argument("--zero", type=int, choices=(0, 1, 2, 3), default=0)
     parser.add_argument("--threads", type=int, help="of torch on CPU")
     parser.add_argument("--profile", type=Path, metavar="TRACE.json", help="also write a trace of one more step")
+    parser.add_argument("--switch", metavar="MODULE.NAME=VALUE,VALUE", help="steps with each in turn")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     args = parser.parse_intermixed_args()
     if args.steps < 1:
@@ -328,7 +387,10 @@ def main() -> int:
         size = args.micro_batch * load(path, args.overrides).model.sample_size
         sizes = [f"train.micro_batch={size}", f"train.batch_size={size * world.size}"]
         config = load(path, ours + sizes + args.overrides)
-        figures = measure(config, world, args.steps, args.warmup, args.profile)
+        if args.switch:
+            figures = in_turn(Trainer(config, world), Switch(args.switch), args.steps, args.warmup)
+        else:
+            figures = measure(config, world, args.steps, args.warmup, args.profile)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -336,7 +398,7 @@ def main() -> int:
         parallel.stop()
     if world.is_main:
         command = shlex.join(["python", "-m", "benchmarks.step", *sys.argv[1:]])
-        print(table(figures), file=sys.stderr)
+        print(turns(figures) if args.switch else table(figures), file=sys.stderr)
         print(json.dumps({"command": command, "preset": args.preset, "zero": args.zero} | rounded(figures)))
     return 0
 

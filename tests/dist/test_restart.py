@@ -9,35 +9,48 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.launch import TINY, assert_close, run, weights
+from tests.launch import TINY, assert_close, pretrain, weights
 
 EVERY = 2
-Layout = tuple[str, int, int]  # ds_configs/zero*.json, ranks, and how many of them split a layer
-CHAIN: tuple[Layout, ...] = (
-    ("1", 2, 1),
-    ("3", 4, 1),
-    ("2", 4, 2),
-    ("0", 1, 1),
-    ("3_offload", 2, 2),
-    ("2_offload", 2, 1),
-    ("0", 2, 2),
+ROUND_ROBIN = "round_robin.json"  # stage 2, where what a rank needs lies in another's file
+# One launch after the other, of so many ranks: run -> (the run that it continues, the DeepSpeed JSON, and how many ranks
+# split a layer).
+Run = tuple[str, str, int]
+LAUNCHES: tuple[tuple[int, dict[str, Run]], ...] = (
+    (1, {"unchanged": ("", "zero1.json", 1)}),
+    (
+        2,
+        {
+            "2-offload": ("unchanged", "zero2_offload.json", 1),
+            "3-offload-split": ("unchanged", "zero3_offload.json", 2),
+            "round-robin": ("unchanged", ROUND_ROBIN, 1),
+        },
+    ),
+    (
+        4,
+        {
+            "3": ("2-offload", "zero3.json", 1),
+            "2-split": ("3-offload-split", "zero2.json", 2),
+        },
+    ),
+    (
+        2,
+        {
+            "0-split": ("3", "zero0.json", 2),
+            "1": ("2-split", "zero1.json", 1),
+            "2": ("round-robin", "zero2.json", 1),
+        },
+    ),
+    (1, {"0": ("0-split", "zero0.json", 1)}),
 )
-STEPS = EVERY * len(CHAIN) + 6
+CHANGED = [name for _, runs in LAUNCHES[1:] for name in runs]
+STEPS = EVERY * len(LAUNCHES) + 4
 
 
-def train(folder: Path, layout: Layout, deepspeed: str = "") -> None:
-    zero, ranks, tensor_parallel = layout
-    deepspeed = deepspeed or f"ds_configs/zero{zero}.json"
-    mechanics = [f"train.deepspeed={deepspeed}", f"train.tensor_parallel={tensor_parallel}"]
-    every = [f"run.save_every={EVERY}", f"run.keep_last={STEPS}"]
-    run("pretrain", TINY, f"run.dir={folder}", f"train.steps={STEPS}", *mechanics, *every, ranks=ranks)
-
-
-def rewound(folder: Path, source: Path, step: int) -> Path:
+def rewound(folder: Path, source: Path, step: int) -> None:
     """A copy of a run as it was after `step`."""
     shutil.copytree(source, folder)
     (folder / "checkpoints" / "latest").write_text(f"step_{step:08d}\n")
-    return folder
 
 
 def curve(folder: Path) -> torch.Tensor:
@@ -47,28 +60,25 @@ def curve(folder: Path) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def unchanged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("unchanged") / "run"
-    train(folder, ("1", 1, 1))
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every run goes on to the end, from two steps further than the one that it continues did."""
+    folder = tmp_path_factory.mktemp("restart")
+    mechanics = {"zero_optimization": {"stage": 2, "round_robin_gradients": True}}
+    (folder / ROUND_ROBIN).write_text(json.dumps(mechanics))
+    common = (TINY, f"train.steps={STEPS}", f"run.save_every={EVERY}", f"run.keep_last={STEPS}")
+    for i, (ranks, runs) in enumerate(LAUNCHES):
+        given = []
+        for name, (source, file, split) in runs.items():
+            if source:
+                rewound(folder / name, folder / source, EVERY * i)
+            path = folder / file if file == ROUND_ROBIN else Path("ds_configs") / file
+            layout = (f"train.deepspeed={path}", f"train.tensor_parallel={split}")
+            given.append([*common, f"run.dir={folder / name}", *layout])
+        pretrain(*given, ranks=ranks)
     return folder
 
 
-def test_a_chain_of_changes_is_the_unchanged_run(tmp_path: Path, unchanged: Path) -> None:
-    """Every link goes on, from two steps further, to the end; each is compared from its change on."""
-    source, expected, final = unchanged, curve(unchanged), weights(unchanged)
-    for i, layout in enumerate(CHAIN):
-        source = rewound(tmp_path / f"{i}", source, EVERY * (i + 1))
-        train(source, layout)
-        assert (curve(source) / expected - 1).abs().max() < 1e-5, layout
-        assert_close(weights(source), final)
-
-
-def test_the_same_stage_and_ranks_laid_out_otherwise(tmp_path: Path, unchanged: Path) -> None:
-    """By other settings in the DeepSpeed JSON: what a rank needs lies in another's file."""
-    mechanics = tmp_path / "round_robin.json"
-    mechanics.write_text(json.dumps({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}))
-    first = rewound(tmp_path / "first", unchanged, EVERY)
-    train(first, ("2", 2, 1), str(mechanics))
-    second = rewound(tmp_path / "second", first, 2 * EVERY)
-    train(second, ("2", 2, 1))
-    assert (curve(second) / curve(unchanged) - 1).abs().max() < 1e-5
+@pytest.mark.parametrize("name", CHANGED)
+def test_a_changed_run_is_the_unchanged_one(trained: Path, name: str) -> None:
+    assert (curve(trained / name) / curve(trained / "unchanged") - 1).abs().max() < 1e-5
+    assert_close(weights(trained / name), weights(trained / "unchanged"))
