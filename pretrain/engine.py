@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from inspect import isfunction
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime import compiler
 from deepspeed.runtime.zero import partitioned_param_coordinator as coordinator
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from torch import Tensor, nn
@@ -23,19 +20,13 @@ from models.data2vec import Encoder
 from models.encoder import Block
 from models.fused import kernels
 from pretrain.config import BatchPlan, Settings
+from pretrain.eager import allow, uncompiled
 from pretrain.optim import FUSED, build_optimizer
 from pretrain.parallel import ParallelState, World
 from pretrain.settings import ConfigError
 
-# ZeRO loads DeepSpeed's Muon, whatever the optimizer is, which compiles a function, and so imports torch's compiler
-# (`pretrain.optim`). In this process Muon would not be compiled.
-compiler.compile = lambda: lambda function: function
-# So does ZeRO 3, here and where it is initialised, to say what of it is not to be compiled. Nothing is, at that stage
-# (`engine_config`).
 for place in (coordinator, coordinator.PartitionedParameterCoordinator):
-    for name, function in list(vars(place).items()):
-        if isfunction(function) and function.__code__.co_filename == torch._compile.__file__:
-            setattr(place, name, function.__wrapped__)
+    allow(place)  # ZeRO 3, at which nothing is compiled (`engine_config`)
 # One owner a number: these live in the YAML, so a DeepSpeed JSON that sets them is refused.
 OWNED_BY_YAML = {
     "train_batch_size": "train.batch_size",
@@ -174,7 +165,7 @@ def build_engine(
     optimizer = build_optimizer(groups, config.optim, config.train.kernels.adam)
     if type(optimizer) not in ZERO_SUPPORTED_OPTIMIZERS:
         ZERO_SUPPORTED_OPTIMIZERS.append(type(optimizer))  # as the Adam that it is; of others DeepSpeed warns
-    with patch.object(torch.compiler, "disable", lambda function: function):
+    with uncompiled():
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,

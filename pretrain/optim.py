@@ -39,8 +39,7 @@ class ClippingAdamW(torch.optim.AdamW):
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
 
-    # torch's say that they are not to be compiled, and import its compiler to say so, which takes a process as long as
-    # all else before its first step.
+    # torch's import its compiler, to be left alone by it (`pretrain.eager`).
     step = torch.no_grad()(unwrap(torch.optim.AdamW.step))
     zero_grad = unwrap(torch.optim.AdamW.zero_grad)
     add_param_group = unwrap(torch.optim.AdamW.add_param_group)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from pretrain.config import data_ranks
 from pretrain.devices import choose_device
+from pretrain.eager import uncompiled
 from pretrain.launchers import identify
 from pretrain.peers import Peers
 
@@ -160,7 +161,7 @@ def split_world(world: World, tensor_ranks: int) -> World:
     data_ranks(world.size, tensor_ranks)  # refuses what leaves a rest
     if world.device.type == "cpu":  # megatron-core warns if it is not set; on GPUs it has to be before the start
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    with warnings.catch_warnings(action="ignore"):  # that Apex is not installed
+    with warnings.catch_warnings(action="ignore"), uncompiled():  # that Apex is not installed
         from megatron.core import parallel_state  # takes seconds, and only this needs it
 
     parallel_state.initialize_model_parallel(

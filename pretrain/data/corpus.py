@@ -35,6 +35,7 @@ from pretrain.data.encode import encode
 from pretrain.data.names import digest
 from pretrain.data.sources import DataError
 from pretrain.data.tokenizer import Tokenizer, open_tokenizer
+from pretrain.eager import uncompiled
 from pretrain.files import write_atomically
 from pretrain.progress import Progress
 
@@ -302,8 +303,7 @@ def _write_ids(prefix: Path, reader: TextReader, tokenizer: Tokenizer, workers: 
 
 
 def _builder(path: str, vocabulary: int) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about optional parts of Megatron that have nothing to do with data
+    with warnings.catch_warnings(action="ignore"), uncompiled():  # about parts of Megatron that are no data's
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
     builder: Any = IndexedDatasetBuilder(path, DType.optimal_dtype(vocabulary))
     builder.sequence_lengths, builder.document_indices = array("i"), array("q", [0])  # lists would take 8 times as much

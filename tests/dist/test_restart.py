@@ -13,8 +13,8 @@ from tests.launch import TINY, assert_close, pretrain, weights
 
 EVERY = 2
 ROUND_ROBIN = "round_robin.json"  # stage 2, where what a rank needs lies in another's file
-# One launch after the other, of so many ranks: run -> (the run that it continues, the DeepSpeed JSON, and how many ranks
-# split a layer).
+# One launch after the other, of so many ranks: run -> (the run that it continues, the DeepSpeed JSON, and how many
+# ranks split a layer).
 Run = tuple[str, str, int]
 LAUNCHES: tuple[tuple[int, dict[str, Run]], ...] = (
     (1, {"unchanged": ("", "zero1.json", 1)}),

@@ -1,0 +1,36 @@
+"""Without torch's compiler, whose import takes a process as long as all else before its first step.
+
+Libraries import it to compile functions, or to say which are not to be compiled. Of theirs none is compiled here:
+`train.compile` is about blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from inspect import isfunction
+from types import ModuleType
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """What `torch.compile` and `torch.compiler.disable` decorate inside stays as it is."""
+    with patch.object(torch, "compile", as_it_is), patch.object(torch.compiler, "disable", as_it_is):
+        yield
+
+
+def as_it_is(function: Callable[..., Any] | None = None, **_: Any) -> Callable[..., Any]:
+    """A decorator, with arguments or without."""
+    return as_it_is if function is None else function
+
+
+def allow(place: type | ModuleType) -> None:
+    """Takes from the functions of a class or a module that torch would tell its compiler, at their first call, to leave
+    them alone."""
+    for name, function in list(vars(place).items()):
+        if isfunction(function) and function.__code__.co_filename == torch._compile.__file__:
+            setattr(place, name, vars(function)["__wrapped__"])
