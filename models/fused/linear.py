@@ -2,7 +2,7 @@
 
 oneDNN adds the bias on the way. On one AMD processor it was a fifth faster, input's gradient included; on two without
 AVX-512 MKL was, by up to a tenth forward and by more in the gradient (benchmarks/README.md). So AVX-512 decides. The
-plain twin is `torch.nn.Linear`, which this is on other devices, in other precisions, and in a torch without the operator.
+plain twin is `torch.nn.Linear`, which this is on other devices, in other precisions, in a torch without the operator.
 """
 
 from __future__ import annotations
