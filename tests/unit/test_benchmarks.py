@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import soundfile
+import torch
 
-from benchmarks import loader
+from benchmarks import loader, step
 from benchmarks.curves import Curve, equal_quality, told
+from models.fused import linear
 from pretrain.data.corpus import open_corpus
 from pretrain.data.recordings import open_audio
 from pretrain.data.sources import open_images
+from pretrain.settings import ConfigError
 from tests.launch import run
 
 MODEL = [
@@ -81,6 +85,27 @@ def test_step_takes_itself_apart(tmp_path):
     assert {key: found[key] for key in expected} == expected
     assert found["hardware"] and found["torch"] and found["command"].startswith("python -m benchmarks.step")
     assert json.loads(trace.read_text())["traceEvents"]
+
+
+def test_a_switch_is_taken_in_turns(monkeypatch):
+    seen, before = [], linear.FASTER
+    trainer = SimpleNamespace(
+        world=SimpleNamespace(device=torch.device("cpu")),
+        config=SimpleNamespace(train=SimpleNamespace(precision="fp32")),
+        step=lambda batch: (seen.append((batch, linear.FASTER)), SimpleNamespace(applied=True)),
+    )
+    monkeypatch.setattr(step, "MatrixRate", lambda *_: lambda: 2.0)
+    monkeypatch.setattr(step, "random_batches", lambda *_: iter(["batch", "another"]))
+    monkeypatch.setattr(step, "work_of_a_step", lambda _: 3.0)
+    found = step.in_turn(trainer, step.Switch("models.fused.linear.FASTER=true,false"), steps=2, warmup=1)
+    assert seen == [("batch", True), ("batch", False)] * 3 and linear.FASTER == before
+    for value in ("true", "false"):
+        each = found[value]["seconds_each"]
+        assert len(each) == 2 and found[value]["matrix_share_each"] == [3 / 2 / seconds for seconds in each]
+        assert value in step.turns(found)
+    for wrong in ("models.fused.linear.FASTR=true", "models.nothing.X=1", "models.fused.linear.FASTER=yes", "x"):
+        with pytest.raises(ConfigError, match=rf"^--switch {wrong}: .*; should be MODULE.NAME=VALUE,VALUE$"):
+            step.Switch(wrong)
 
 
 def test_loader_reports_every_modality():
