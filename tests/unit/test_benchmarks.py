@@ -98,7 +98,7 @@ def test_a_switch_is_taken_in_turns(monkeypatch):
     monkeypatch.setattr(step, "random_batches", lambda *_: iter(["batch", "another"]))
     monkeypatch.setattr(step, "work_of_a_step", lambda _: 3.0)
     found = step.in_turn(trainer, step.Switch("models.fused.linear.FASTER=true,false"), steps=2, warmup=1)
-    assert seen == [("batch", True), ("batch", False)] * 3 and linear.FASTER == before
+    assert seen == [("batch", True), ("batch", False)] * 3 and before == linear.FASTER
     for value in ("true", "false"):
         each = found[value]["seconds_each"]
         assert len(each) == 2 and found[value]["matrix_share_each"] == [3 / 2 / seconds for seconds in each]
