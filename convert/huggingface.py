@@ -38,6 +38,7 @@ from models.masks import without_padding
 from pretrain.checkpoint import CheckpointError
 from pretrain.data.sources import DataError
 from pretrain.data.tokenizer import Tokenizer, tokenizer_among
+from pretrain.eager import shapes_only
 from pretrain.files import flush
 from pretrain.full import Full, head_of, model_of
 from pretrain.settings import ConfigError, to_tree
@@ -163,7 +164,7 @@ def read(folder: str | Path, teacher_from_student: bool = False) -> Full:
         raise CheckpointError(f"{folder} is no Hugging Face folder that python -m convert wrote ({words})") from None
     owned = {name if name.startswith("head.") else f"{which}.{name}": tensor for name, tensor in tensors.items()}
     if which == "teacher":  # it came with what it shares with the student, which is in the rest
-        with torch.device("meta"):
+        with shapes_only():
             own = Data2Vec(model).state_dict()
         owned = {n: t for n, t in owned.items() if n in own or n.replace("teacher", "student", 1) not in rest}
     elif head is None and not whole:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-
 from finetune.config import Config
 from finetune.optim import parameter_groups
 from models.heads import FineTuned
 from models.objectives import encoder
 from pretrain.config import batch_plan
+from pretrain.eager import shapes_only
 from pretrain.engine import read_mechanics
 from pretrain.plan import samples
 
@@ -17,7 +16,7 @@ def describe(config: Config, ranks: int) -> str:
     """The text of --dry-run."""
     plan, train, optim = batch_plan(config.train, ranks), config.train, config.optim
     read_mechanics(train.deepspeed)
-    with torch.device("meta"):
+    with shapes_only():
         size = sum(p.numel() for p in encoder(config.model).parameters())
         groups = parameter_groups(FineTuned(config.model, config.head), optim)
     rates = sorted({group["lr_scale"] for group in groups if not group["head"]})

@@ -19,6 +19,7 @@ from models.heads import FineTuned
 from pretrain.checkpoint import CheckpointError, RunState, start_from
 from pretrain.config import batch_plan
 from pretrain.data.loader import load_batches, on_device
+from pretrain.eager import shapes_only
 from pretrain.engine import StepResult, build_engine, loss_scale, optimizer_step
 from pretrain.full import LABELS, Full, expected_shapes, refuse_differences
 from pretrain.optim import set_hyperparameters
@@ -150,7 +151,7 @@ class FineTuning:
 def start_weights(weights: Full, config: Config, labels: list[str]) -> dict[str, Tensor]:
     """A start for the network of `config` but for its head: one of the encoders of a pre-trained model, or all of a
     fine-tuned one whose outputs have the same names. Raises CheckpointError if it is another's."""
-    with torch.device("meta"):
+    with shapes_only():
         expected = expected_shapes(FineTuned(config.model, config.head))
     where = f"train.init_from={config.train.init_from}"
     found = {f"student.{name}": tensor for name, tensor in weights.encoder(config.which).items()}

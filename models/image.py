@@ -18,8 +18,8 @@ class PatchEmbedding(nn.Module):
         self.proj = nn.Conv2d(image.channels, config.width, kernel_size=image.patch, stride=image.patch)
         nn.init.xavier_uniform_(self.proj.weight.view(config.width, -1))
         # Not buffers: an engine that casts the module to bf16 would round the mean 123.675 to 123.5.
-        self.mean = 255 * torch.tensor(image.mean).view(-1, 1, 1)
-        self.std = 255 * torch.tensor(image.std).view(-1, 1, 1)
+        self.mean = 255 * torch.tensor(image.mean, device="cpu").view(-1, 1, 1)
+        self.std = 255 * torch.tensor(image.std, device="cpu").view(-1, 1, 1)
 
     def forward(self, pixels: Tensor, lengths: Tensor | None = None) -> Tensor:
         """(B, C, H, W) -> (B, T, D)."""
@@ -54,8 +54,8 @@ def sincos_positions(width: int, grid: int, known: int = 0) -> Tensor:
     `known`: the side of another grid, over which this one is laid. The sines are evaluated between its cells, exactly,
     where interpolating its table would round off the fast ones.
     """
-    omega = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
-    place = (torch.arange(grid, dtype=torch.float64) + 0.5) * ((known or grid) / grid) - 0.5
+    omega = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64, device="cpu") / (width / 4))
+    place = (torch.arange(grid, dtype=torch.float64, device="cpu") + 0.5) * ((known or grid) / grid) - 0.5
     angle = place[:, None] * omega
     axis = torch.cat([angle.sin(), angle.cos()], dim=1)
     x = axis[None, :, :].expand(grid, grid, -1)

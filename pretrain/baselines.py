@@ -12,6 +12,7 @@ from models.baselines.config import DATA2VEC2
 from models.objectives import encoder, network
 from pretrain import plan
 from pretrain.config import Config, batch_plan
+from pretrain.eager import shapes_only
 from pretrain.engine import engine_config
 from pretrain.full import Full
 from pretrain.parallel import World
@@ -79,7 +80,7 @@ def describe(config: Config, ranks: int) -> str:
         return plan.describe(config, ranks)
     shares = batch_plan(train, ranks)
     engine_config(config, shares)  # refuses what it cannot run
-    with torch.device("meta"):
+    with shapes_only():
         size, own = (sum(p.numel() for p in make(model).parameters()) / 1e6 for make in (network, encoder))
     batch = plan.samples(model, train.batch_size)
     lines = [

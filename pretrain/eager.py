@@ -28,6 +28,14 @@ def as_it_is(function: Callable[..., Any] | None = None, **_: Any) -> Callable[.
     return as_it_is if function is None else function
 
 
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Modules made inside have shapes and no numbers: on torch's meta device, which would go through its compiler to
+    draw normal ones."""
+    with torch.device("meta"), patch.object(torch.Tensor, "normal_", lambda tensor, *_, **__: tensor):
+        yield
+
+
 def allow(place: type | ModuleType) -> None:
     """Takes from the functions of a class or a module that torch would tell its compiler, at their first call, to leave
     them alone."""

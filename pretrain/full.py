@@ -29,6 +29,7 @@ from models.objectives import network as pre_trained
 from pretrain.checkpoint import CheckpointError
 from pretrain.data.names import few
 from pretrain.data.tokenizer import TOKENIZERS
+from pretrain.eager import shapes_only
 from pretrain.files import replacing
 from pretrain.pieces import MASTER, TEACHER, whole_shapes
 from pretrain.saved import Checkpoint, find, weights
@@ -101,7 +102,7 @@ class Full:
 def network_of(settings: Mapping[str, Any], device: str = "cpu") -> Any:
     """The module that the settings describe, freshly initialised."""
     config, head = model_of(settings), head_of(settings)
-    with torch.device(device):
+    with shapes_only() if device == "meta" else torch.device(device):
         return pre_trained(config) if head is None else FineTuned(config, head)
 
 

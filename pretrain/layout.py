@@ -12,12 +12,11 @@ from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Any
 
-import torch
-
 from models.config import ModelConfig
 from models.data2vec import Data2Vec
 from models.split import split_of
 from pretrain.config import Config, OptimConfig
+from pretrain.eager import shapes_only
 from pretrain.optim import parameter_groups
 
 
@@ -99,7 +98,7 @@ def groups(config: Config) -> tuple[Group, ...]:
 
 @lru_cache(maxsize=8)
 def _groups(model: ModelConfig, optim: OptimConfig) -> list[tuple[list[tuple[str, int]], bool]]:
-    with torch.device("meta"):
+    with shapes_only():
         net = Data2Vec(model)
     names = {id(parameter): name for name, parameter in net.named_parameters()}
     return [

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
-import torch
-
 from models.config import ModelConfig
 from models.data2vec import Data2Vec
 from pretrain.config import BatchPlan, Config, batch_plan
+from pretrain.eager import shapes_only
 from pretrain.engine import read_mechanics
 from pretrain.layout import Group, Zero, groups
 
@@ -144,7 +143,7 @@ class Memory:
 
 def parameter_counts(config: ModelConfig) -> dict[str, int]:
     """Student, decoder and teacher, without allocating them."""
-    with torch.device("meta"):
+    with shapes_only():
         model = Data2Vec(config)
     return {
         name: sum(p.numel() for p in getattr(model, name).parameters()) for name in ("student", "decoder", "teacher")

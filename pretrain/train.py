@@ -19,6 +19,7 @@ from models.targets import Moments, deviation, pool
 from pretrain.checkpoint import CheckpointError, RunState, start_from
 from pretrain.config import BatchPlan, Config, batch_plan
 from pretrain.data.loader import Dataset, build_dataset, build_loader
+from pretrain.eager import shapes_only
 from pretrain.ema import ShardedTeacher
 from pretrain.engine import StepResult, build_engine, loss_scale, optimizer_step
 from pretrain.full import Full, expected_shapes, refuse_differences
@@ -201,7 +202,7 @@ def pretrained(weights: Full, config: Config) -> dict[str, Tensor]:
     """A start for the model of `config`. Raises CheckpointError if it is another's."""
     if weights.head is not None:
         raise CheckpointError(f"train.init_from={config.train.init_from} is fine-tuned, and has no teacher and decoder")
-    with torch.device("meta"):
+    with shapes_only():
         expected = expected_shapes(network(config.model))
     refuse_differences(weights.tensors, expected, f"train.init_from={config.train.init_from}")
     return weights.tensors

@@ -24,8 +24,6 @@ from pretrain.traffic import traffic
 from pretrain.train import Trainer
 from tests.dist.collectives import Collectives, counting
 
-WARM_UP = 2  # steps: ZeRO 3 first learns the order in which modules are called
-
 
 def counted(collectives: Collectives, world: World) -> dict[str, int]:
     """Bytes by the kinds of `Traffic`."""
@@ -46,8 +44,9 @@ def look(config: Config, world: World) -> dict[str, Any]:
     """What one step sends, and what is held meanwhile."""
     memory.forget()
     trainer = Trainer(config, world)
-    batches = random_batches(config, trainer)
-    while trainer.state.step < WARM_UP:  # fp16 skips some
+    batches, zero = random_batches(config, trainer), Zero.of(read_mechanics(config.train.deepspeed))
+    warm_up = 2 if zero.stage == 3 else 1  # steps: ZeRO 3 first learns the order in which modules are called
+    while trainer.state.step < warm_up:  # fp16 skips some
         trainer.step(next(batches))
     places = [
         (trainer.engine, "forward", "forward"),
@@ -61,7 +60,7 @@ def look(config: Config, world: World) -> dict[str, Any]:
         for owner, name, phase in places:
             stack.enter_context(patch.object(owner, name, collectives.during(phase, getattr(owner, name))))
         assert trainer.step(next(batches))[1].applied
-    expected = traffic(config, trainer.plan, Zero.of(read_mechanics(config.train.deepspeed)))
+    expected = traffic(config, trainer.plan, zero)
     sent = counted(collectives, world)
     trainer.engine.destroy()
     return {

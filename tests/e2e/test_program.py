@@ -35,11 +35,11 @@ def test_run_folder(tmp_path: Path) -> None:
     assert [row["step"] for row in lines(tmp_path / "metrics.jsonl")] == [2, 4]
 
 
-@pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (2, 1), (3, 1), (1, 2)])
-def test_a_start_goes_without_torchs_compiler(tmp_path: Path, stage: int, ranks: int) -> None:
-    """Which takes as long to import as all else; also where megatron-core splits layers."""
-    layout = (f"train.deepspeed=ds_configs/zero{stage}.json", f"train.tensor_parallel={ranks}")
-    line = command("pretrain", TINY, "train.steps=2", f"run.dir={tmp_path}", *layout, ranks=ranks)
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_start_goes_without_torchs_compiler(tmp_path: Path, stage: int) -> None:
+    """Which takes as long to import as all else."""
+    zero = f"train.deepspeed=ds_configs/zero{stage}.json"
+    line = command("pretrain", TINY, "train.steps=2", f"run.dir={tmp_path}", zero)
     told = finish(spawn(line, environment() | {"PYTHONPROFILEIMPORTTIME": "1"})).stderr
     names = {row.rsplit("|")[-1].strip() for row in told.splitlines()}
     assert "torch.optim" in names and "torch._dynamo" not in names

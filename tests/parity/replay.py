@@ -71,7 +71,7 @@ def replay(path: Path, zero: str, world: World, brief: bool = False) -> list[Row
         trajectory = []
         gradients: dict[str, Tensor] = {}
         for k in range(len(golden["traj.loss"])):
-            with spied(trainer, gradients if k == 0 else {}) as seen:
+            with spied(trainer, gradients if k == 0 else None) as seen:
                 batch = batch_of(golden, "input." if k == 0 else f"traj.{k}.input.", model)
                 sums, result = trainer.step([share(batch, world)])
             sums_of_losses = {name: float(world.sum(getattr(seen[0], name).detach())) for name in ("regression", "cls")}
@@ -211,7 +211,7 @@ def final_weights(trainer: Trainer, golden: dict[str, Tensor], label: str) -> li
 
 
 @contextmanager
-def spied(trainer: Trainer, gradients: dict[str, Tensor]) -> Iterator[list[Output]]:
+def spied(trainer: Trainer, gradients: dict[str, Tensor] | None) -> Iterator[list[Output]]:
     """Watches one `Trainer.step`: its model's output, and the gradients as the optimizer is about to get them."""
     seen: list[Output] = []
     hook = trainer.model.register_forward_hook(lambda module, args, output: seen.append(output))
@@ -224,7 +224,8 @@ def spied(trainer: Trainer, gradients: dict[str, Tensor]) -> Iterator[list[Outpu
                 gradients[name] = whole(name, gradient.clone(), trainer.world)
         return original(engine)
 
-    pretrain.train.optimizer_step = spy
+    if gradients is not None:
+        pretrain.train.optimizer_step = spy
     try:
         yield seen
     finally:

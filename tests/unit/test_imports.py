@@ -56,6 +56,26 @@ def test_the_libraries_of_a_task_wait_for_it():
     assert found.returncode == 0 and found.stdout.split()[-1:] == [], found
 
 
+def test_shapes_and_split_layers_go_without_torchs_compiler():
+    """Of every modality; and megatron-core's, which asks for it."""
+    program = """
+import sys
+from pretrain.config import load
+from pretrain.eager import uncompiled
+from pretrain.layout import groups
+for modality in ("image", "audio", "text"):
+    groups(load(f"configs/pretrain/{modality}_demo.yaml"))
+with uncompiled():
+    from megatron.core import parallel_state
+    from models import tp_layers
+print("torch._dynamo" in sys.modules)
+"""
+    found = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
+    assert found.returncode == 0 and found.stdout.split()[-1:] == ["False"], found
+
+
 @every_file
 def test_files_are_short_and_named_for_what_they_hold(name):
     assert len((ROOT / name).read_text().splitlines()) <= MAX_LINES or name.startswith("tests/")
