@@ -202,7 +202,7 @@ class Switch:
             self.module = import_module(module)
             getattr(self.module, self.name)
             self.values = json.loads(f"[{values}]")
-        except (ImportError, AttributeError, ValueError) as error:
+        except (ImportError, AttributeError, TypeError, ValueError) as error:
             raise ConfigError(f"--switch {given}: {error}; should be MODULE.NAME=VALUE,VALUE") from None
 
     def to(self, value: Any) -> Any:
@@ -240,7 +240,7 @@ def in_turn(trainer: Trainer, switch: Switch, steps: int, warmup: int) -> dict[s
     batch, work = next(random_batches(trainer.config, trainer)), work_of_a_step(trainer)
     seen: dict[str, list[tuple[float, float]]] = {json.dumps(value): [] for value in switch.values}
     for i in range(warmup + steps):
-        for value in switch.values:
+        for value in reversed(switch.values) if i % 2 else switch.values:
             before = matrix_rate()
             with switch.to(value):
                 seconds, _ = timed_step(trainer, batch)
@@ -375,6 +375,8 @@ def main() -> int:
     args = parser.parse_intermixed_args()
     if args.steps < 1:
         parser.error("--steps must be at least 1")
+    if args.switch and args.profile:
+        parser.error("--switch times steps alone; leave --profile out")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     world = parallel.start()
     ours = [
@@ -388,7 +390,8 @@ def main() -> int:
         sizes = [f"train.micro_batch={size}", f"train.batch_size={size * world.size}"]
         config = load(path, ours + sizes + args.overrides)
         if args.switch:
-            figures = in_turn(Trainer(config, world), Switch(args.switch), args.steps, args.warmup)
+            switch = Switch(args.switch)
+            figures = in_turn(Trainer(config, world), switch, args.steps, args.warmup)
         else:
             figures = measure(config, world, args.steps, args.warmup, args.profile)
     except ConfigError as error:

@@ -17,7 +17,8 @@ class PatchEmbedding(nn.Module):
         image = config.image
         self.proj = nn.Conv2d(image.channels, config.width, kernel_size=image.patch, stride=image.patch)
         nn.init.xavier_uniform_(self.proj.weight.view(config.width, -1))
-        # Not buffers: an engine that casts the module to bf16 would round the mean 123.675 to 123.5.
+        # Not buffers: an engine that casts the module to bf16 would round the mean 123.675 to 123.5. Of a model without
+        # numbers, too, on the CPU: torch imports its compiler for arithmetic on the meta device.
         self.mean = 255 * torch.tensor(image.mean, device="cpu").view(-1, 1, 1)
         self.std = 255 * torch.tensor(image.std, device="cpu").view(-1, 1, 1)
 
@@ -52,7 +53,7 @@ def sincos_positions(width: int, grid: int, known: int = 0) -> Tensor:
     """(grid*grid, width) fixed 2-D sin-cos positions of MAE (He et al. 2021): x in the first half, y in the second.
 
     `known`: the side of another grid, over which this one is laid. The sines are evaluated between its cells, exactly,
-    where interpolating its table would round off the fast ones.
+    where interpolating its table would round off the fast ones. Always on the CPU, as `PatchEmbedding.mean`.
     """
     omega = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64, device="cpu") / (width / 4))
     place = (torch.arange(grid, dtype=torch.float64, device="cpu") + 0.5) * ((known or grid) / grid) - 0.5

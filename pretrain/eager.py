@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from inspect import isfunction
-from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import Tensor
+
+normal_ = torch.Tensor.normal_
 
 
 @contextmanager
@@ -23,7 +25,7 @@ def uncompiled() -> Iterator[None]:
         yield
 
 
-def as_it_is(function: Callable[..., Any] | None = None, **_: Any) -> Callable[..., Any]:
+def as_it_is(function: Callable[..., Any] | None = None, *_: Any, **__: Any) -> Callable[..., Any]:
     """A decorator, with arguments or without."""
     return as_it_is if function is None else function
 
@@ -32,13 +34,16 @@ def as_it_is(function: Callable[..., Any] | None = None, **_: Any) -> Callable[.
 def shapes_only() -> Iterator[None]:
     """Modules made inside have shapes and no numbers: on torch's meta device, which would go through its compiler to
     draw normal ones."""
-    with torch.device("meta"), patch.object(torch.Tensor, "normal_", lambda tensor, *_, **__: tensor):
+    with torch.device("meta"), patch.object(Tensor, "normal_", drawn_if_real):
         yield
 
 
-def allow(place: type | ModuleType) -> None:
-    """Takes from the functions of a class or a module that torch would tell its compiler, at their first call, to leave
-    them alone."""
-    for name, function in list(vars(place).items()):
-        if isfunction(function) and function.__code__.co_filename == torch._compile.__file__:
-            setattr(place, name, vars(function)["__wrapped__"])
+def drawn_if_real(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return tensor if tensor.is_meta else normal_(tensor, *args, **kwargs)
+
+
+def allow(cls: type) -> None:
+    """Takes from the methods of a class that torch tells its compiler, at their first call, to leave them alone."""
+    for name, method in list(vars(cls).items()):
+        if isfunction(method) and method.__code__.co_filename == torch._compile.__file__:
+            setattr(cls, name, vars(method)["__wrapped__"])

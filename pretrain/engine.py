@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.zero import partitioned_param_coordinator as coordinator
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from torch import Tensor, nn
 
@@ -25,8 +25,7 @@ from pretrain.optim import FUSED, build_optimizer
 from pretrain.parallel import ParallelState, World
 from pretrain.settings import ConfigError
 
-for place in (coordinator, coordinator.PartitionedParameterCoordinator):
-    allow(place)  # ZeRO 3, at which nothing is compiled (`engine_config`)
+allow(PartitionedParameterCoordinator)  # of ZeRO 3, at which nothing is compiled (`engine_config`)
 # One owner a number: these live in the YAML, so a DeepSpeed JSON that sets them is refused.
 OWNED_BY_YAML = {
     "train_batch_size": "train.batch_size",

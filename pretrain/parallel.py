@@ -150,7 +150,7 @@ def start(tensor_ranks: int = 1, peers: Peers | None = None) -> World:
     # every later start waits for ever. gloo does without.
     deepspeed.ops.__compatible_ops__.pop("deepspeed_shm_comm", None)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    gc.freeze()  # what was imported is looked through no more, which takes ZeRO 3 as long as its own part of a start
+    gc.freeze()  # imports are looked through no more: ZeRO 3 collects garbage at its start
     deepspeed.init_distributed(dist_backend=backend, timeout=COLLECTIVES, verbose=False)
     world = World(dist.get_rank(), dist.get_world_size(), device, peers=peers)
     return split_world(world, tensor_ranks)

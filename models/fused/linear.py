@@ -1,8 +1,9 @@
 """A linear layer in fp32 on the CPU, by oneDNN where that is faster than MKL, which torch would ask.
 
 oneDNN adds the bias on the way. On one AMD processor it was a fifth faster, input's gradient included; on two without
-AVX-512 MKL was, by up to a tenth forward and by more in the gradient (benchmarks/README.md). So AVX-512 decides. The
-plain twin is `torch.nn.Linear`, which this is on other devices, in other precisions, in a torch without the operator.
+AVX-512 MKL was, by up to a tenth forward and by more in the gradient (benchmarks/README.md). So AVX-512 decides; other
+kinds of processors were not measured. The plain twin is `torch.nn.Linear`, which this is on other devices, in other
+precisions, and in a torch without the operator.
 """
 
 from __future__ import annotations

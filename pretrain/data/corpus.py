@@ -303,7 +303,7 @@ def _write_ids(prefix: Path, reader: TextReader, tokenizer: Tokenizer, workers: 
 
 
 def _builder(path: str, vocabulary: int) -> Any:
-    with warnings.catch_warnings(action="ignore"), uncompiled():  # about parts of Megatron that are no data's
+    with warnings.catch_warnings(action="ignore"), uncompiled():  # about parts of Megatron not for data
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
     builder: Any = IndexedDatasetBuilder(path, DType.optimal_dtype(vocabulary))
     builder.sequence_lengths, builder.document_indices = array("i"), array("q", [0])  # lists would take 8 times as much

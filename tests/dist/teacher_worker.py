@@ -27,11 +27,7 @@ from pretrain.train import Trainer
 
 STEPS = 4
 OFFLOADED = ("1_offload", "3_offload", "2_offload")  # one for each precision
-FUSED = (
-    ("0", "fp16"),
-    ("1", "bf16"),
-    ("3", "bf16"),
-)  # these on one rank by the kernel, too, through Triton's interpreter
+FUSED = (("0", "fp16"), ("1", "bf16"), ("3", "bf16"))  # these by the kernel, too, through Triton's interpreter
 
 
 def full_student(trainer: Trainer) -> dict[str, Tensor]:
@@ -133,7 +129,6 @@ if __name__ == "__main__":
     lines = []
     for zero, precision in [*product("0123", PRECISIONS), *zip(OFFLOADED, PRECISIONS, strict=True)]:
         lines.append(json.dumps(scenario(zero, precision, world)))
-    for zero, precision in FUSED if world.size == 1 else ():
-        lines.append(json.dumps(scenario(zero, precision, world, "triton")))
+    lines += [json.dumps(scenario(zero, precision, world, "triton")) for zero, precision in FUSED]
     (Path(sys.argv[1]) / f"rank{world.rank}.jsonl").write_text("\n".join(lines))
     parallel.stop()

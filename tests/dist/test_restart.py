@@ -24,6 +24,7 @@ LAUNCHES: tuple[tuple[int, dict[str, Run]], ...] = (
             "2-offload": ("unchanged", "zero2_offload.json", 1),
             "3-offload-split": ("unchanged", "zero3_offload.json", 2),
             "round-robin": ("unchanged", ROUND_ROBIN, 1),
+            "1-two": ("unchanged", "zero1.json", 1),
         },
     ),
     (
@@ -61,7 +62,7 @@ def curve(folder: Path) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every run goes on to the end, from two steps further than the one that it continues did."""
+    """Every run goes on to the end; those of a launch from two steps further than those of the one before."""
     folder = tmp_path_factory.mktemp("restart")
     mechanics = {"zero_optimization": {"stage": 2, "round_robin_gradients": True}}
     (folder / ROUND_ROBIN).write_text(json.dumps(mechanics))

@@ -22,7 +22,7 @@ def scenarios(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 def test_equals_unsharded_average(scenarios: list[list[dict[str, Any]]]) -> None:
-    assert len(scenarios) == (18 if len(scenarios[0]) == 1 else 15)
+    assert len(scenarios) == 18
     for ranks in scenarios:
         for seen in ranks:
             assert seen["starts_equal"], seen

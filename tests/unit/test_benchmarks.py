@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -98,13 +99,19 @@ def test_a_switch_is_taken_in_turns(monkeypatch):
     monkeypatch.setattr(step, "random_batches", lambda *_: iter(["batch", "another"]))
     monkeypatch.setattr(step, "work_of_a_step", lambda _: 3.0)
     found = step.in_turn(trainer, step.Switch("models.fused.linear.FASTER=true,false"), steps=2, warmup=1)
-    assert seen == [("batch", True), ("batch", False)] * 3 and before == linear.FASTER
+    assert seen == [("batch", value) for value in (True, False, False, True, True, False)] and before == linear.FASTER
     for value in ("true", "false"):
         each = found[value]["seconds_each"]
         assert len(each) == 2 and found[value]["matrix_share_each"] == [3 / 2 / seconds for seconds in each]
         assert value in step.turns(found)
-    for wrong in ("models.fused.linear.FASTR=true", "models.nothing.X=1", "models.fused.linear.FASTER=yes", "x"):
-        with pytest.raises(ConfigError, match=rf"^--switch {wrong}: .*; should be MODULE.NAME=VALUE,VALUE$"):
+    for wrong in (
+        "models.fused.linear.FASTR=true",
+        "models.nothing.X=1",
+        "models.fused.linear.FASTER=yes",
+        "x",
+        ".x.y=1",
+    ):
+        with pytest.raises(ConfigError, match=rf"^--switch {re.escape(wrong)}: .*; should be MODULE.NAME=VALUE,VALUE$"):
             step.Switch(wrong)
 
 

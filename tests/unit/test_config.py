@@ -73,6 +73,7 @@ def test_only_one_level_of_base(config, tmp_path):
         ("optim.exempt_1d=false", "optim.exempt_1d", False),
         ("data.path=/a=b,c:d", "data.path", "/a=b,c:d"),
         ("run.dir=2024", "run.dir", "2024"),
+        ("run.dir=caf\udce9", "run.dir", "caf\udce9"),  # not UTF-8, as Python has it from the command line
     ],
 )
 def test_values_get_their_type(config, override, key, expected):

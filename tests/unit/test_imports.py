@@ -67,7 +67,7 @@ for modality in ("image", "audio", "text"):
     groups(load(f"configs/pretrain/{modality}_demo.yaml"))
 with uncompiled():
     from megatron.core import parallel_state
-    from models import tp_layers
+from models import tp_layers
 print("torch._dynamo" in sys.modules)
 """
     found = subprocess.run(
