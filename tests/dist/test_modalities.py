@@ -16,7 +16,7 @@ TINY = {"audio": "tests/tiny_audio.yaml", "text": "tests/tiny_text.yaml"}
 
 
 DROPOUTS = ("residual", "attention", "mlp", "prenet", "decoder", "embedding", "layer")
-STEPS = 24
+STEPS = 16
 
 
 def settings(modality: str, data: dict[str, str], stage: int, *more: str) -> list[str]:

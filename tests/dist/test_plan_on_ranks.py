@@ -40,13 +40,13 @@ def scenarios(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, A
     for name, section in (("eager", EAGER), ("partly", PARTLY), ("overlapped", OVERLAPPED)):
         own[name] = str(folder / f"{name}.json")
         Path(own[name]).write_text(json.dumps({"zero_optimization": section}))
-    wanted = [scenario(f"ds_configs/zero{z}.json", "bf16") for z in "0123"]
+    wanted = [scenario(f"ds_configs/zero{z}.json", "bf16") for z in "012"]
     wanted += [scenario(f"ds_configs/zero{z}.json", "fp32") for z in "02"]
     wanted += [scenario(f"ds_configs/zero{z}_offload.json", "bf16") for z in "13"]
     wanted += [scenario("ds_configs/zero0.json", "fp16")]
     wanted += [scenario(own["eager"], "fp32"), scenario(own["overlapped"], "bf16")]
     wanted += [scenario(own["partly"], "fp32", 1, TINY, "model.depth=6")]
-    wanted += [scenario(f"ds_configs/zero{z}.json", "fp32", 2) for z in "13"]
+    wanted += [scenario("ds_configs/zero1.json", "fp32", 2)]
     audio = ["train.micro_batch=8000", f"train.batch_size={8000 * RANKS}", "model.dropout.layer=0"]
     wanted += [scenario("ds_configs/zero2.json", "bf16", 2, "tests/tiny_audio.yaml", *audio)]
     wanted += [scenario("ds_configs/zero3.json", "fp32", 2, "tests/tiny_text.yaml")]
