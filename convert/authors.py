@@ -30,6 +30,7 @@ from convert.keymaps import (
 from models.config import MODALITIES, HeadConfig, MaskConfig, problems
 from models.image import sincos_positions
 from pretrain.checkpoint import CheckpointError
+from pretrain.eager import shapes_only
 from pretrain.files import replacing
 from pretrain.full import LABELS, Full, expected_shapes, head_of, model_of, network_of, refuse_differences
 from pretrain.settings import ConfigError, merge, to_tree
@@ -67,7 +68,8 @@ def read(path: str | Path, teacher_from_student: bool = False) -> tuple[Full, li
             raise CheckpointError(
                 f"{path} has no teacher ({EMA}); {COPY_TEACHER} lets one start as a copy of the student"
             )
-        names = expected_shapes(network_of(found.settings, "meta"))
+        with shapes_only():
+            names = expected_shapes(network_of(found.settings))
         tensors = tensors | {n: tensors[n.replace("teacher", "student", 1)] for n in names if n.startswith("teacher.")}
         notes.append(f"{path} has no teacher: it starts as a copy of the student")
     if narrow := sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()} - {"float32"}):
@@ -214,7 +216,8 @@ def _check_positions(found: Tensor, shape: tuple[int, ...], name: str) -> None:
 def expected_names(settings: Mapping[str, Any], teacher: bool = True) -> dict[str, tuple[str | None, tuple[int, ...]]]:
     """Every name that a .pt file of this model has, those of the teacher as `_ema.NAME`: our name, None for what is
     computed here, and the shape there."""
-    network = network_of(settings, "meta")
+    with shapes_only():
+        network = network_of(settings)
     config, fine_tuned = network.config, bool(settings.get("head"))
     out: dict[str, tuple[str | None, tuple[int, ...]]] = {}
     for ours, shape in expected_shapes(network).items():

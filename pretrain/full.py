@@ -55,7 +55,9 @@ class Full:
     def __post_init__(self) -> None:
         if wrong := [name for name in self.assets if not name or Path(name).name != name]:
             raise CheckpointError(f"{wrong[0]!r:.80} travels with the weights and is no name of a file")
-        refuse_differences(self.tensors, expected_shapes(self.network("meta")))
+        with shapes_only():
+            expected = expected_shapes(self.network())
+        refuse_differences(self.tensors, expected)
 
     @property
     def model(self) -> ModelConfig:
@@ -80,9 +82,9 @@ class Full:
             raise CheckpointError(f"{LABELS} is no list of {self.head.outputs} names, one an output")
         return list(map(str, labels))
 
-    def network(self, device: str = "cpu") -> Any:
+    def network(self) -> Any:
         """The module whose state dict the tensors are, not filled."""
-        return network_of(self.settings, device)
+        return network_of(self.settings)
 
     def encoder(self, which: str = "student") -> dict[str, Tensor]:
         """A state dict of `models.objectives.encoder`: the student's or the teacher's, which comes with the student's
@@ -99,11 +101,10 @@ class Full:
         return {name: own.get(name, tensor) for name, tensor in shared.items()}
 
 
-def network_of(settings: Mapping[str, Any], device: str = "cpu") -> Any:
+def network_of(settings: Mapping[str, Any]) -> Any:
     """The module that the settings describe, freshly initialised."""
     config, head = model_of(settings), head_of(settings)
-    with shapes_only() if device == "meta" else torch.device(device):
-        return pre_trained(config) if head is None else FineTuned(config, head)
+    return pre_trained(config) if head is None else FineTuned(config, head)
 
 
 def expected_shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
