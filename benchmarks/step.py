@@ -228,10 +228,14 @@ def timed_step(trainer: Trainer, batch: list[Batch]) -> tuple[float, float]:
     return seconds, asked
 
 
+def samples_of_a_step(trainer: Trainer) -> int:
+    """Of this rank."""
+    return samples(trainer.config.model, trainer.plan.micro_batch) * trainer.plan.accumulation
+
+
 def work_of_a_step(trainer: Trainer) -> float:
     """FLOP that the method needs, of this rank."""
-    count = samples(trainer.config.model, trainer.plan.micro_batch) * trainer.plan.accumulation
-    return useful_work(trainer.config.model).total * count
+    return useful_work(trainer.config.model).total * samples_of_a_step(trainer)
 
 
 def in_turn(trainer: Trainer, switch: Switch, steps: int, warmup: int) -> dict[str, Any]:
@@ -286,8 +290,7 @@ def measured(trainer: Trainer, steps: int, warmup: int, trace: Path | None = Non
     if trace:
         write_trace(lambda: step(next(batches)), trace, device)
 
-    count = samples(config.model, plan.micro_batch) * plan.accumulation
-    work = work_of_a_step(trainer)
+    count, work = samples_of_a_step(trainer), work_of_a_step(trainer)
     beside = [(before + after) / 2 for before, after in pairwise(rates)]
     seconds = median(times)
     return {
