@@ -5,10 +5,14 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import threading
+import time
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import deepspeed
@@ -191,6 +195,25 @@ def keep_freed_memory() -> None:
 
 
 def stop() -> None:
-    """Without this, ranks now and then die with SIGABRT at exit."""
+    """Without this, ranks now and then die with SIGABRT at exit: a thread of gloo's that has yet to let go of the last
+    collective's tensors needs the interpreter for it, which is ending (pytorch/pytorch#190489)."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        settle()
+
+
+def settle(seconds: float = 2.0) -> None:
+    """Waits until other threads rest, at most so long. Where Linux does not say what they do, it is a moment."""
+    rests, until = 0, time.monotonic() + seconds
+    while rests < 2 and time.monotonic() < until:
+        time.sleep(0.01)  # whoever waits for the interpreter has it now
+        rests = rests + 1 if not others_run() else 0
+
+
+def others_run() -> bool:
+    """Whether a thread of this process beside the calling one runs, or would if it had a core."""
+    own = str(threading.get_native_id())
+    threads = [path for path in Path("/proc/self/task").glob("*/stat") if path.parent.name != own]
+    with suppress(OSError):  # some may end meanwhile
+        return any(path.read_text().rpartition(")")[2].split()[0] == "R" for path in threads)
+    return True
