@@ -93,7 +93,7 @@ class ExtraTokens(nn.Module):
 
     def __init__(self, count: int, width: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(1, count, width))
+        self.weight = nn.Parameter(torch.empty(1, count, width).normal_())
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, K, D) -> (N, E+K, D)."""

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -66,10 +67,13 @@ def run(module: str, *args: str, ranks: int = 1, status: int | None = 0) -> subp
     return finish(start(module, *args, ranks=ranks), status)
 
 
-def pretrain(*runs: Sequence[str], ranks: int = 1) -> str:
-    """Pre-trains each of several runs, given by what `python -m pretrain` would be, in turn in one launch, for starting
-    takes longer than a small run. What was said."""
-    return run("tests.dist.runs", *map(shlex.join, runs), ranks=ranks).stdout
+def in_turn(program: str, *runs: Sequence[str], ranks: int = 1) -> str:
+    """Several runs, given by what `python -m program` would be, one after the other in one launch, for starting takes
+    longer than a small run. What was said."""
+    return run("tests.dist.runs", program, *map(shlex.join, runs), ranks=ranks).stdout
+
+
+pretrain, finetune = partial(in_turn, "pretrain"), partial(in_turn, "finetune")
 
 
 def finish(process: subprocess.Popen[str], status: int | None = 0) -> subprocess.CompletedProcess[str]:

@@ -1,29 +1,33 @@
-"""Pre-trains several runs in turn in one launch: python -m tests.dist.runs "CONFIG section.key=value ..." ..."""
+"""Several runs in turn in one launch: python -m tests.dist.runs pretrain|finetune "CONFIG section.key=value ..." ..."""
 
 from __future__ import annotations
 
 import logging
 import shlex
 import sys
+from importlib import import_module
 
 from pretrain import parallel
-from pretrain.baselines import start
-from pretrain.config import load
 from pretrain.loop import run
 
 
-def main() -> int:
+def main(program: str, *runs: str) -> int:
     """Those with tensor parallelism last, of one number of ranks, for groups stay split. The first failure's status."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    configs = [load(path, overrides) for path, *overrides in map(shlex.split, sys.argv[1:])]
+    entry = import_module(f"{program}.__main__")
     world, status = parallel.start(), 0
-    for config in sorted(configs, key=lambda config: config.train.tensor_parallel):
+    for path, *overrides in sorted(map(shlex.split, runs), key=splits):
+        config = entry.load(path, overrides)  # which may look at the run before
         if config.train.tensor_parallel != world.tensor_ranks:
             world = parallel.split_world(world, config.train.tensor_parallel)
-        status = status or run(start(config, world))
+        status = status or run(entry.start(config, world))
     parallel.stop()
     return status
 
 
+def splits(words: list[str]) -> bool:
+    return any(word.startswith("train.tensor_parallel=") and not word.endswith("=1") for word in words)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:]))

@@ -12,7 +12,7 @@ import torch
 
 from pretrain import full
 from tests.dist.test_resume import progress, wait_for
-from tests.launch import TINY, assert_close, run, start, weights
+from tests.launch import TINY, assert_close, finetune, run, start, weights
 
 TINY_FINETUNE = "tests/tiny_finetune.yaml"
 RECIPE = (
@@ -77,17 +77,18 @@ def test_starts_from_runs_and_files_and_keeps_a_head_that_fits(tmp_path: Path, p
     still = (TINY_FINETUNE, *LIMITED, "train.steps=1", "eval.every=0")  # the first update has rate 0
     origin = full.read(pretrained).encoder()
     full.write(full.read(pretrained), tmp_path / "start.safetensors")
-    run("finetune", *still, f"run.dir={tmp_path / 'a'}", f"train.init_from={pretrained}")
     size = ("model.image.size=42", "train.deepspeed=ds_configs/zero2.json")
-    run("finetune", *still, f"run.dir={tmp_path / 'b'}", f"train.init_from={tmp_path / 'start.safetensors'}", *size)
-    first, second = full.read(tmp_path / "a"), full.read(tmp_path / "b")
+    told = finetune(
+        (*still, f"run.dir={tmp_path / 'a'}", f"train.init_from={pretrained}"),
+        (*still, f"run.dir={tmp_path / 'b'}", f"train.init_from={tmp_path / 'start.safetensors'}", *size),
+        (*still, f"run.dir={tmp_path / 'c'}", f"train.init_from={tmp_path / 'a'}", "train.seed=9"),
+    )
+    first, second, third = (full.read(tmp_path / name) for name in "abc")
     for found in (first, second):
         assert all(torch.equal(tensor, origin[name]) for name, tensor in found.encoder().items())
     assert (second.model.image.positions, second.model.image.grid) == (4, 6)
-    told = run("finetune", *still, f"run.dir={tmp_path / 'c'}", f"train.init_from={tmp_path / 'a'}", "train.seed=9")
-    third = full.read(tmp_path / "c")
     assert torch.equal(third.tensors["head.linear.weight"], first.tensors["head.linear.weight"])
-    assert f"weights: {tmp_path / 'a'}, step 1" in told.stdout
+    assert f"weights: {tmp_path / 'a'}, step 1" in told
     given = (*still, f"run.dir={tmp_path / 'd'}", f"train.init_from={tmp_path / 'a'}", "which=teacher")
     teacher = run("finetune", *given, status=2)
     assert "a fine-tuned model has no teacher" in teacher.stderr and teacher.stderr.count("\n") == 1

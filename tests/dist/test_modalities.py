@@ -73,16 +73,15 @@ def test_stopped_and_continued(
     split every layer, too."""
     common = settings(modality, data, stage, f"train.precision={precision}", f"train.steps={STEPS}", "run.save_every=5")
     common.append(f"train.tensor_parallel={ranks}")
-    run("pretrain", *common, f"run.dir={tmp_path / 'whole'}", ranks=ranks)
-    folder = tmp_path / "stopped"
+    whole, folder = tmp_path / "whole", tmp_path / "stopped"
     process = start("pretrain", *common, f"run.dir={folder}", ranks=ranks)
     wait_for(lambda: progress(folder) >= 3, process)
     process.send_signal(signal.SIGTERM)
     process.communicate()
     assert process.returncode == (75 if ranks == 1 else 1)  # torchrun's
     assert progress(folder) < STEPS
-    run("pretrain", *common, f"run.dir={folder}", ranks=ranks)
-    assert_identical(folder, tmp_path / "whole")
+    pretrain(*([*common, f"run.dir={run}"] for run in (folder, whole)), ranks=ranks)
+    assert_identical(folder, whole)
 
 
 def test_another_tokenizer_is_refused(tmp_path: Path, data: dict[str, str]) -> None:

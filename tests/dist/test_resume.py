@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 
-from tests.launch import TIMEOUT, TINY, run, start, weights
+from tests.launch import TIMEOUT, TINY, pretrain, run, start, weights
 
 STEPS = 40
 COMMON = (TINY, f"train.steps={STEPS}", "run.save_every=3", "run.keep_last=2")
@@ -97,7 +97,6 @@ def test_polite_signal(tmp_path: Path, reference: tuple[tuple[int, str], Path]) 
 
 def test_signal_to_one_of_two_ranks(tmp_path: Path) -> None:
     expected, folder = tmp_path / "expected", tmp_path / "run"
-    run("pretrain", *args(expected, 1), ranks=2)
     process = start("pretrain", *args(folder, 1), ranks=2)
     wait_for(lambda: progress(folder) >= 5, process)
     ranks = [c for c in psutil.Process(process.pid).children() if "pretrain" in c.cmdline()]
@@ -105,7 +104,7 @@ def test_signal_to_one_of_two_ranks(tmp_path: Path) -> None:
     ranks[1].send_signal(signal.SIGUSR1)
     out, err = process.communicate(timeout=TIMEOUT)
     assert "saved after step" in out, err
-    run("pretrain", *args(folder, 1), ranks=2)
+    pretrain(args(folder, 1), args(expected, 1), ranks=2)
     assert_identical(folder, expected)
     for line in map(json.loads, (folder / "speed.jsonl").read_text().splitlines()):  # also the first after the stop
         assert line["images_per_s"] * line["seconds_per_step"] == pytest.approx(8), line

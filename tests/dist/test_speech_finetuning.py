@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pretrain import full
-from tests.launch import run
+from tests.launch import finetune, run
 from tests.tones import TEXTS, write_tones
 
 TINY = "tests/tiny_speech.yaml"
@@ -21,11 +21,12 @@ def tones(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tones(tmp_path_factory.mktemp("tones"))
 
 
-def tune(folder: Path, tones: Path, *settings: str, ranks: int = 1) -> full.Full:
-    """The network after the run."""
-    given = (TINY, f"run.dir={folder}", f"data.path={tones}", *settings)
-    run("finetune", *given, ranks=ranks)
-    return full.read(folder)
+def tune(tones: Path, runs: dict[Path, list[str]], ranks: int = 1) -> list[full.Full]:
+    """The networks after runs of these folders and settings."""
+    finetune(
+        *([TINY, f"run.dir={folder}", f"data.path={tones}", *given] for folder, given in runs.items()), ranks=ranks
+    )
+    return [full.read(folder) for folder in runs]
 
 
 def losses(folder: Path) -> list[float]:
@@ -42,12 +43,12 @@ def assert_same(ours: full.Full, expected: full.Full, bound: float) -> None:
 
 
 def test_ranks_and_stages_agree_and_resume_is_exact(tmp_path: Path, tones: Path) -> None:
-    saving = ("eval.every=3", "run.save_every=2", "run.keep_last=9")
-    one = tune(tmp_path / "one", tones, *saving)
-    two = tune(tmp_path / "two", tones, "train.deepspeed=ds_configs/zero3.json", ranks=2)
+    saving = ["eval.every=3", "run.save_every=2", "run.keep_last=9"]
+    [one] = tune(tones, {tmp_path / "one": saving})
+    mechanics = {"two": ["train.deepspeed=ds_configs/zero3.json"], "split": ["train.tensor_parallel=2"]}
+    two, split = tune(tones, {tmp_path / name: given for name, given in mechanics.items()}, ranks=2)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     assert_same(two, one, 1e-4)
-    split = tune(tmp_path / "split", tones, "train.tensor_parallel=2", ranks=2)
     assert_same(split, one, 1e-4)
     assert json.loads(one.assets["labels.json"]) == ["<blank>", "|", *"abcd"]
     evaluated = [json.loads(line) for line in (tmp_path / "one/eval.jsonl").read_text().splitlines()]
@@ -58,22 +59,21 @@ def test_ranks_and_stages_agree_and_resume_is_exact(tmp_path: Path, tones: Path)
     assert f"wer {best['test/wer']:.4f}" in heard
     shutil.copytree(tmp_path / "one", tmp_path / "again")
     (tmp_path / "again/checkpoints/latest").write_text("step_00000002")
-    assert_same(tune(tmp_path / "again", tones, *saving), one, 0.0)
+    [again] = tune(tones, {tmp_path / "again": saving})
+    assert_same(again, one, 0.0)
     assert len((tmp_path / "one/heard_test.tsv").read_text().splitlines()) == 1 + len(TEXTS)
 
 
 def test_frozen_weights_are_the_same_to_the_bit(tmp_path: Path, tones: Path) -> None:
-    start = tune(tmp_path / "start", tones, "train.steps=2", "optim.warmup_steps=0", "optim.hold=0")
-    full.write(start, tmp_path / "start.safetensors")
-    init = f"train.init_from={tmp_path / 'start.safetensors'}"
-    frozen = "optim.freeze_local=true"
-    for stage, ranks, steps, moving in (
-        (0, 1, 3, ("head.",)),
-        (3, 2, 5, ("head.", "student.")),
-    ):
-        settings = (init, frozen, "optim.freeze_steps=3", f"train.deepspeed=ds_configs/zero{stage}.json")
-        folder = tmp_path / f"zero{stage}"
-        found = tune(folder, tones, *settings, f"train.steps={steps}", "optim.hold=0.1", ranks=ranks)
+    freezing = [f"train.init_from={tmp_path / 'start'}", "optim.freeze_local=true", "optim.freeze_steps=3"]
+    of = {
+        stage: [*freezing, f"train.deepspeed=ds_configs/zero{stage}.json", f"train.steps={steps}", "optim.hold=0.1"]
+        for stage, steps in ((0, 3), (3, 5))
+    }
+    first = ["train.steps=2", "optim.warmup_steps=0", "optim.hold=0"]
+    start, heads = tune(tones, {tmp_path / "start": first, tmp_path / "zero0": of[0]})
+    [both] = tune(tones, {tmp_path / "zero3": of[3]}, ranks=2)
+    for stage, found, moving in ((0, heads, ("head.",)), (3, both, ("head.", "student."))):
         still = 0
         for name, tensor in start.tensors.items():
             local = name.startswith(("student.local.convs", "student.local.norms"))
