@@ -69,8 +69,8 @@ def poisoned(batch: Batch) -> Batch:
 
 
 def scenario(zero: str, precision: str, world: parallel.World, kernel: str = "torch") -> dict[str, Any]:
-    overrides = [f"train.precision={precision}", f"train.deepspeed=ds_configs/zero{zero}.json", "train.micro_batch=2"]
-    overrides.append(f"train.kernels.teacher={kernel}")
+    overrides = [f"train.precision={precision}", f"train.deepspeed=ds_configs/zero{zero}.json"]
+    overrides += [f"train.micro_batch={4 // world.size}", f"train.kernels.teacher={kernel}"]
     config = load("tests/tiny.yaml", overrides)
     trainer = Trainer(config, world)
     batches = build_loader(build_dataset(config), config, trainer.plan, world, 0)

@@ -1,4 +1,4 @@
-"""python -m tests.parity DIR [--zero 0 1 2 3 1_offload...] [--ranks N] [--tp N]: how far from the authors' own numbers.
+"""python -m tests.parity DIR [--zero 0 1 1_offload...] [--ranks N] [--tp 1 2...]: how far from the authors' numbers.
 
 DIR holds golden cases, <case>.json and <case>.safetensors; tests/parity/golden has those of set A. Exit status 1 if any
 bound is exceeded.
@@ -26,7 +26,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--zero", choices=ZERO, nargs="+", default=["1"], help="of ds_configs/zero*.json")
     parser.add_argument("--ranks", type=int, default=1, help="processes that share every batch")
-    parser.add_argument("--tp", type=int, default=1, help="of them, those that split every layer")
+    parser.add_argument("--tp", type=int, nargs="+", default=[1], help="of them, those that split every layer; 1 first")
     parser.add_argument("--brief", action="store_true", help="without the runs that decay all parameters")
     args = parser.parse_args()
     if args.ranks > 1 and "RANK" not in os.environ:
@@ -37,8 +37,9 @@ def main() -> int:
     if not found:
         print(f"error: {args.folder} holds no case (a .json beside a .safetensors of the same name)", file=sys.stderr)
         return 2
-    world = parallel.start(args.tp)
-    failed = sum(replayed(found, zero, world, args.brief) for zero in args.zero)
+    whole = parallel.start()
+    worlds = [parallel.split_world(whole, split) for split in args.tp]
+    failed = sum(replayed(found, zero, world, args.brief) for world in worlds for zero in args.zero)
     parallel.stop()
     return 1 if failed else 0
 

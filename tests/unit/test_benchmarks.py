@@ -169,11 +169,11 @@ def test_made_up_data_is_what_it_is_called(name, tmp_path, monkeypatch):
 
 def test_memory_is_what_ranks_hold():
     """Exit status 0: within 5%."""
-    arguments = ["model.width=192", "--ranks", "2", "--zero", "3", "--precision", "bf16"]
+    arguments = ["model.width=192", "--ranks", "1", "--zero", "3", "--precision", "bf16"]
     rows = [line.split() for line in run("benchmarks.memory", *arguments).stdout.splitlines()]
-    measured = {row[3]: int(row[5].replace(",", "")) for row in rows if row[:3] == ["3", "bf16", "2"]}
+    measured = {row[3]: int(row[5].replace(",", "")) for row in rows if row[:3] == ["3", "bf16", "1"]}
     assert set(measured) == {"weights", "gradients", "optimizer", "teacher", "buffers", "other"}
-    assert measured["optimizer"] > measured["teacher"] > measured["weights"] > measured["gradients"] > 0
+    assert measured["optimizer"] > measured["teacher"] > measured["weights"] == measured["gradients"] > 0
 
 
 def test_a_gpus_figures_come_in_one_go(tmp_path, monkeypatch):
