@@ -47,6 +47,10 @@ from pretrain.train import Trainer
 ROOT = Path(__file__).parent.parent
 GIB = 2**30
 REST = "loss, targets, rest"
+ATEN = torch.ops.aten
+PRODUCTS = [ATEN.mm, ATEN.addmm, ATEN.bmm, ATEN.baddbmm, ATEN.convolution, ATEN.convolution_backward]
+PRODUCTS += [torch.ops.mkldnn._linear_pointwise] if linear.AVAILABLE else []
+PRODUCTS += [getattr(ATEN, f"_scaled_dot_product_flash_attention_for_cpu{way}") for way in ("", "_backward")]
 MATMUL_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -83,13 +87,18 @@ class Clock:
 
 
 class Operators(TorchDispatchMode):
-    """Counts torch's operators, views left out: the kernels that a GPU is asked for, but for Triton's."""
+    """Counts torch's operators, views left out: the kernels that a GPU is asked for, but for Triton's; and seconds
+    until those of the `PRODUCTS` have returned, which on the CPU is all that they take."""
 
-    count = 0
+    count, seconds = 0, 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += not func.is_view
-        return func(*args, **(kwargs or {}))
+        start = time.perf_counter()
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in PRODUCTS:
+            self.seconds += time.perf_counter() - start
+        return out
 
 
 def now(device: torch.device) -> float:
@@ -263,7 +272,7 @@ def in_turn(trainer: Trainer, switch: Switch, steps: int, warmup: int) -> dict[s
 
 def measured(trainer: Trainer, steps: int, warmup: int, trace: Path | None = None) -> dict[str, Any]:
     config, world = trainer.config, trainer.world
-    device, plan = world.device, trainer.plan
+    device, plan, work = world.device, trainer.plan, work_of_a_step(trainer)
     batches, matrix_rate = random_batches(config, trainer), MatrixRate(device, config.train.precision)
     step = partial(timed_step, trainer)
     for _ in range(warmup):
@@ -284,13 +293,17 @@ def measured(trainer: Trainer, steps: int, warmup: int, trace: Path | None = Non
         with taken_apart(trainer) as clock:
             seconds, _ = step(batch)
         apart.append((seconds, clock.seconds))
-    with Operators() as operators:
-        step(next(batches))
+    products = []
+    for _ in range(steps if device.type == "cpu" else 1):
+        before = matrix_rate()
+        with Operators() as operators:
+            step(next(batches))
+        products.append(2 * work / operators.seconds / (before + matrix_rate()))
     instrumented, parts = sorted(apart, key=lambda pair: pair[0])[len(apart) // 2]
     if trace:
         write_trace(lambda: step(next(batches)), trace, device)
 
-    count, work = samples_of_a_step(trainer), work_of_a_step(trainer)
+    count = samples_of_a_step(trainer)
     beside = [(before + after) / 2 for before, after in pairwise(rates)]
     seconds = median(times)
     return {
@@ -306,6 +319,7 @@ def measured(trainer: Trainer, steps: int, warmup: int, trace: Path | None = Non
         "tflop_per_s": work / seconds / 1e12,
         "matrix_tflop_per_s": median(rates) / 1e12,
         "matrix_share": median(work / t / rate for t, rate in zip(times, beside, strict=True)),
+        "matrix_share_of_products": median(products) if device.type == "cpu" else None,
         "peak_gib": peak / GIB,
         "precision": config.train.precision,
         "micro_batch": plan.micro_batch,
@@ -330,6 +344,8 @@ def table(figures: dict[str, Any]) -> str:
     whole = figures["instrumented_seconds"]
     rate, unit = next((v, k.removesuffix("_per_s")) for k, v in figures.items() if k.endswith("s_per_s"))
     rows = [f"{part:20} {seconds:9.4f} s {seconds / whole:6.1%}" for part, seconds in figures["parts"].items()]
+    alone = figures["matrix_share_of_products"]
+    products = "" if alone is None else f"; products alone would have {alone:.1%}"
     return "\n".join([
         *rows,
         f"{'host is done after':20} {figures['host_seconds']:9.4f} s",
@@ -337,7 +353,7 @@ def table(figures: dict[str, Any]) -> str:
         f"{'step':20} {figures['seconds']:9.4f} s  {rate:.4g} {unit}/s, "
         f"{figures['masked_views_per_s']:.4g} masked views/s",
         f"{'matrix work':20} {figures['tflop_per_s']:9.4g} TFLOP/s a rank, {figures['matrix_share']:.1%} of the matrix "
-        f"rate of {figures['matrix_tflop_per_s']:.4g}",
+        f"rate of {figures['matrix_tflop_per_s']:.4g}{products}",
         f"{'peak memory':20} {figures['peak_gib']:9.2f} GiB a rank",
     ])  # fmt: skip
 

@@ -93,6 +93,7 @@ class ExtraTokens(nn.Module):
 
     def __init__(self, count: int, width: int) -> None:
         super().__init__()
+        # torch.randn would have to import sympy where there are shapes alone (pretrain.eager.shapes_only)
         self.weight = nn.Parameter(torch.empty(1, count, width).normal_())
 
     def forward(self, x: Tensor) -> Tensor:

@@ -203,7 +203,8 @@ def stop() -> None:
 
 
 def settle(seconds: float = 2.0) -> None:
-    """Waits until other threads rest, at most so long. Where Linux does not say what they do, it is a moment."""
+    """Waits until other threads rest, at most so long; where there is no /proc, 20 ms. One that waits for the network
+    rests, too."""
     rests, until = 0, time.monotonic() + seconds
     while rests < 2 and time.monotonic() < until:
         time.sleep(0.01)  # whoever waits for the interpreter has it now

@@ -9,6 +9,7 @@ from importlib import import_module
 
 from pretrain import parallel
 from pretrain.loop import run
+from pretrain.settings import read_tree
 
 
 def main(program: str, *runs: str) -> int:
@@ -16,17 +17,19 @@ def main(program: str, *runs: str) -> int:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     entry = import_module(f"{program}.__main__")
     world, status = parallel.start(), 0
-    for path, *overrides in sorted(map(shlex.split, runs), key=splits):
+    for path, *overrides in sorted(map(shlex.split, runs), key=tensor_parallel):
         config = entry.load(path, overrides)  # which may look at the run before
         if config.train.tensor_parallel != world.tensor_ranks:
             world = parallel.split_world(world, config.train.tensor_parallel)
-        status = status or run(entry.start(config, world))
+        if status := run(entry.start(config, world)):
+            break
     parallel.stop()
     return status
 
 
-def splits(words: list[str]) -> bool:
-    return any(word.startswith("train.tensor_parallel=") and not word.endswith("=1") for word in words)
+def tensor_parallel(words: list[str]) -> int:
+    path, *overrides = words
+    return int(read_tree(path, overrides).get("train", {}).get("tensor_parallel", 1))
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def test_stopped_and_continued(
     process.communicate()
     assert process.returncode == (75 if ranks == 1 else 1)  # torchrun's
     assert progress(folder) < STEPS
-    pretrain(*([*common, f"run.dir={run}"] for run in (folder, whole)), ranks=ranks)
+    pretrain(*([*common, f"run.dir={path}"] for path in (folder, whole)), ranks=ranks)
     assert_identical(folder, whole)
 
 

@@ -12,6 +12,7 @@ import torch
 
 from benchmarks import loader, step
 from benchmarks.curves import Curve, equal_quality, told
+from benchmarks.memory import Line, table
 from models.fused import linear
 from pretrain.data.corpus import open_corpus
 from pretrain.data.recordings import open_audio
@@ -82,6 +83,7 @@ def test_step_takes_itself_apart(tmp_path):
     assert found["tflop_per_s"] == pytest.approx(found["tflop"] / found["seconds"], rel=1e-3)
     assert 0 < found["host_seconds"] <= found["seconds"] and found["operators"] > 300
     assert found["matrix_share"] > 0 and found["matrix_tflop_per_s"] > 0 and found["peak_gib"] > 0
+    assert found["matrix_share_of_products"] > 0
     expected = {"precision": "fp32", "zero": 1, "micro_batch": 2, "accumulation": 2, "ranks": 1, "threads": 1}
     assert {key: found[key] for key in expected} == expected
     assert found["hardware"] and found["torch"] and found["command"].startswith("python -m benchmarks.step")
@@ -167,13 +169,18 @@ def test_made_up_data_is_what_it_is_called(name, tmp_path, monkeypatch):
         assert len(ids) == 1024 and corpus.meta.documents == 2 and ids.min() >= 4 and ids.max() < 50_265
 
 
-def test_memory_is_what_ranks_hold():
+def test_memory_is_what_a_rank_holds():
     """Exit status 0: within 5%."""
     arguments = ["model.width=192", "--ranks", "1", "--zero", "3", "--precision", "bf16"]
     rows = [line.split() for line in run("benchmarks.memory", *arguments).stdout.splitlines()]
     measured = {row[3]: int(row[5].replace(",", "")) for row in rows if row[:3] == ["3", "bf16", "1"]}
     assert set(measured) == {"weights", "gradients", "optimizer", "teacher", "buffers", "other"}
     assert measured["optimizer"] > measured["teacher"] > measured["weights"] == measured["gradients"] > 0
+
+
+def test_the_rank_that_is_furthest_off_is_shown():
+    of_ranks = [Line("3", "bf16", 3, rank, "weights", 100, held) for rank, held in enumerate((101, 97, 102))]
+    assert table(of_ranks).splitlines()[1].split() == ["3", "bf16", "3", "weights", "100", "97", "0.9700"]
 
 
 def test_a_gpus_figures_come_in_one_go(tmp_path, monkeypatch):

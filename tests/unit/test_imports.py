@@ -57,7 +57,7 @@ def test_the_libraries_of_a_task_wait_for_it():
 
 
 def test_shapes_and_split_layers_go_without_torchs_compiler():
-    """Of every modality; and megatron-core's, which asks for it. With sympy it would work out shapes."""
+    """Of every modality, nor with sympy, which torch.randn imports there; and megatron-core's, which asks for it."""
     program = """
 import sys
 from pretrain.config import load

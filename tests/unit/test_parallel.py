@@ -2,41 +2,46 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
-import time
+from types import SimpleNamespace
+
+import pytest
 
 from pretrain import parallel
 
 
-def test_the_end_waits_for_threads_that_work() -> None:
-    """Hashing large blocks is done without the interpreter's lock, as gloo's work is."""
-    worked, block = [], bytes(50_000_000)
-    for done in (lambda: parallel.settle(20.0), lambda: parallel.settle(0.0)):
-        thread = threading.Thread(target=lambda: worked.append(hashlib.sha256(block).digest()))
-        thread.start()
-        done()
-        worked.append(b"end")
-        thread.join()
-    first, last = worked[:2], worked[2:]
-    assert first[1] == b"end" and last[0] == b"end"
+def test_the_end_lets_threads_rest_when_the_groups_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(parallel.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(parallel.dist, "destroy_process_group", lambda: done.append("destroyed"))
+    monkeypatch.setattr(parallel, "settle", lambda: done.append("settled"))
+    parallel.stop()
+    assert done == ["destroyed", "settled"]
 
 
-def test_it_is_short_where_all_rest_and_bounded_where_one_never_does() -> None:
-    waits = threading.Event()
-    thread = threading.Thread(target=waits.wait)
+@pytest.mark.parametrize(
+    ("seen", "looks"),
+    [("--", 2), ("R--", 3), ("-R-R--", 6), ("R" * 500, 200)],  # twice in a row they rest; or two seconds are over
+)
+def test_it_waits_for_threads_that_run_but_not_for_ever(seen: str, looks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, answers = [0.0], iter(seen)
+
+    def sleep(seconds: float) -> None:
+        clock[0] += seconds
+
+    monkeypatch.setattr(parallel, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep))
+    monkeypatch.setattr(parallel, "others_run", lambda: next(answers) == "R")
+    parallel.settle(2.0)
+    assert clock[0] == pytest.approx(looks * 0.01, abs=0.011)
+    assert len(seen) - len(list(answers)) == pytest.approx(looks, abs=1)
+
+
+def test_a_thread_that_runs_is_seen() -> None:
+    stop = threading.Event()
+    thread = threading.Thread(target=lambda: [None for _ in iter(stop.is_set, True)], daemon=True)
     thread.start()
     try:
-        parallel.settle(20.0)
-        assert not parallel.others_run()
+        assert any(parallel.others_run() for _ in range(1000))
     finally:
-        waits.set()
+        stop.set()
         thread.join()
-    stop = threading.Event()
-    thread = threading.Thread(target=lambda: [None for _ in iter(stop.is_set, True)])
-    thread.start()
-    begin = time.monotonic()
-    parallel.settle(0.1)
-    stop.set()
-    thread.join()
-    assert time.monotonic() - begin >= 0.1
