@@ -230,7 +230,7 @@ def found_of(case: Case) -> dict[str, Any]:
     try:
         return rounded(case.run())
     except (RuntimeError, ImportError, ConfigError) as error:
-        return {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
+        return {"error": kernels.reason(error)}
 
 
 def table(figures: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.fused.kernels import reason
 from pretrain.config import EmaConfig, OptimConfig
 from pretrain.settings import ConfigError
 
@@ -126,8 +127,7 @@ def build_optimizer(
         kind = clipping_first(fused_adam(adam))
         return kind(groups, config.clip_norm, adam_w_mode=True, bias_correction=True, **settings)
     except Exception as error:  # whatever a compiler, a driver or a loader says
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise ConfigError(f"train.kernels.adam={adam} cannot be loaded ({reason}); take auto") from error
+        raise ConfigError(f"train.kernels.adam={adam} cannot be loaded ({reason(error)}); take auto") from error
 
 
 def learning_rate(step: int, config: OptimConfig, steps: int) -> float:

@@ -74,8 +74,13 @@ def why_not(*modules: str) -> str:
         for module in modules:
             importlib.import_module(module)
     except Exception as error:  # of a library that was built for another torch, whatever its loader says
-        return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        return reason(error)
     return ""
+
+
+def reason(error: Exception) -> str:
+    """What others' code has raised, in a line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def problems(kernels: Kernels, device: torch.device) -> list[str]:
