@@ -208,7 +208,7 @@ def settle(seconds: float = 2.0) -> None:
     rests, until = 0, time.monotonic() + seconds
     while rests < 2 and time.monotonic() < until:
         time.sleep(0.01)  # whoever waits for the interpreter has it now
-        rests = rests + 1 if not others_run() else 0
+        rests = 0 if others_run() else rests + 1
 
 
 def others_run() -> bool:
